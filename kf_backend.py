@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -99,8 +100,8 @@ log = logging.getLogger("kf_backend")
 log.addHandler(logging.NullHandler())  # silent unless the caller turns it on
 
 T = TypeVar("T")
-#: When an outage began and ended.
-Span = Tuple[datetime, datetime]
+#: When an outage began and ended, in seconds since 1970.
+Span = Tuple[float, float]
 
 
 # The shapes of the API's JSON, as on the wire.
@@ -214,18 +215,27 @@ def path_segment(site: str) -> str:
 
 
 #: RFC 3339 section 5.6, and 24:00, which ISO 8601 has. Python's parsers take more, each release something else.
-RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)", re.ASCII)
+FROMISOFORMAT_KNOWS_Z = sys.version_info >= (3, 11)
+RFC_3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-5][0-9])"
+).fullmatch
 
 
-def parse_time(text: object) -> datetime:
-    """Return the instant that an RFC 3339 time names; raise ValueError for anything else."""
-    if not isinstance(text, str) or not RFC_3339.fullmatch(text):
+def parse_time(text: str) -> datetime:
+    """Return the aware datetime that an RFC 3339 time names; raise ValueError or TypeError for anything else."""
+    if not RFC_3339(text):
         raise ValueError("not an RFC 3339 time")
     try:
-        # twenty times faster than isoparse, and refuses what it cannot read; before 3.11 it knew no Z
-        return datetime.fromisoformat(text[:-1] + "+00:00" if text[-1] in "Zz" else text)
+        # twenty times faster than isoparse, and refuses what it cannot read; before Python 3.11 it knows no Z
+        return datetime.fromisoformat(text if FROMISOFORMAT_KNOWS_Z else text.replace("Z", "+00:00"))
     except ValueError:
         return isoparse(text.upper())
+
+
+@functools.lru_cache(maxsize=8192)  # a fault that takes many devices out gives many outages the same time
+def instant(text: str) -> float:
+    """Return what `parse_time` does, in seconds since 1970."""
+    return parse_time(text).timestamp()
 
 
 def isoparse(text: str) -> datetime:
@@ -239,17 +249,13 @@ def isoparse(text: str) -> datetime:
 
 
 def parse_since(date: str | datetime) -> datetime:
-    """Return the instant of an aware datetime, or of an ISO 8601 date or time, which is UTC unless it names a zone."""
+    """Return an aware datetime as it is, or what an ISO 8601 date or time names, in UTC unless it names a zone."""
     if isinstance(date, datetime):
         if date.utcoffset() is None:
             raise UsageError("the date is a datetime without a zone")
         return date
     try:
-        return parse_time(date)
-    except ValueError:
-        pass
-    try:
-        since = isoparse(date)
+        since = parse_time(date) if RFC_3339(date) else isoparse(date)
     except ValueError as error:
         raise UsageError(f"{plain(date)!r} is no ISO 8601 date or time, such as 2022-06-01: check --since") from error
     return since if since.tzinfo else since.replace(tzinfo=timezone.utc)
@@ -367,8 +373,10 @@ def api_message(body: bytes) -> str | None:
     return message if isinstance(message, str) else None
 
 
-def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: datetime) -> Iterator[SiteOutage]:
-    """Yield each outage of the devices in `names` that began at or after `since`, with its device's name.
+def site_outages_of(
+    outages: Iterable[Any], names: Mapping[str, str], since: float
+) -> Iterator[tuple[SiteOutage, Span]]:
+    """Yield each outage of the devices in `names` that began at or after `since`, with its device's name, and its span.
 
     Order, repeated rows, the text of the times and unknown fields stay as they came; `outages` are not changed.
     KFError is raised for an outage without a string id, since nobody can tell whose it is, and for one of these
@@ -377,28 +385,21 @@ def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: dat
     for row, outage in enumerate(outages, 1):
         try:
             device = outage["id"]
-            name = names.get(device)
-        except (TypeError, KeyError):
-            device = name = None
-        if name is None:
-            if isinstance(device, str):
-                continue
-            raise KFError(f"GET /outages: outage {row} has no id that is a string; nothing was sent")
-        begin, _ = outage_span(outage, f"GET /outages: outage {row}")
-        if begin >= since:
-            yield cast(SiteOutage, {**outage, "name": name})
-
-
-def outage_span(outage: Outage, label: str = "outage") -> Span:
-    """Return when an outage began and ended; raise KFError with `label` and the field that does not say so."""
-    times = []
-    for field in ("begin", "end"):
+            if device not in names:
+                if isinstance(device, str):
+                    continue
+                raise TypeError
+        except (TypeError, KeyError) as error:
+            raise KFError(f"GET /outages: outage {row} has no id that is a string; nothing was sent") from error
         try:
-            times.append(parse_time(outage.get(field)))
-        except ValueError as error:
-            held = f"{plain(repr(outage[field]))[:60]} as its {field}" if field in outage else f"no {field}"
-            raise KFError(f"{label} has {held}, which should be an RFC 3339 time; nothing was sent") from error
-    return times[0], times[1]
+            begin, end = instant(outage["begin"]), instant(outage["end"])
+        except (KeyError, TypeError, ValueError) as error:
+            held = plain(json.dumps({field: outage.get(field) for field in ("begin", "end")}))[:120]
+            raise KFError(
+                f"GET /outages: outage {row} should begin and end at RFC 3339 times, but has {held}"
+            ) from error
+        if begin >= since:
+            yield cast(SiteOutage, {**outage, "name": names[device]}), (begin, end)
 
 
 class _Retry(Retry):
@@ -432,7 +433,10 @@ class _Retry(Retry):
         asks_too_much = response is not None and (self.get_retry_after(response) or 0) > RETRY_AFTER_MAX
         retry = super(_Retry, self.new(total=0) if asks_too_much else self).increment(*args, **kwargs)
         if response is not None:
-            response.close()  # its body may never end, and its connection may have gone stale by the next try
+            # urllib3 would read a body that never ends, and use a connection that went stale during the wait
+            with contextlib.suppress(HTTPError, OSError):
+                response.read(PIECE, decode_content=False)
+            response.close()
         return retry
 
     def sleep(self, response: BaseHTTPResponse | None = None) -> None:
@@ -484,6 +488,7 @@ class KFClient:
         self.site_info: SiteInfo = {"id": "", "name": "", "devices": []}
         self.received = self.outages_read = self.outages_kept = 0
         self.expected: int | None = None
+        self.spans: dict[str, list[Span]] = {}
         self.sent: bool | None = False
 
         self.session = requests.Session()
@@ -502,19 +507,17 @@ class KFClient:
         self._retry = _Retry(
             total=RETRIES,
             other=0,  # such as an untrusted certificate
-            allowed_methods={"GET"},
+            allowed_methods={"GET", "POST"},
             status_forcelist=RETRY_STATUSES,
             backoff_factor=backoff,
             raise_on_status=False,
             before_wait=self._before_wait,
         )
         # Once a POST has gone out, only an answer can tell that it was not applied.
-        post_retry = self._retry.new(allowed_methods={"POST"}, read=False)
+        self._post_retry = self._retry.new(read=False)
         self._adapter = HTTPAdapter(max_retries=self._retry)
         self.session.mount("https://", self._adapter)
         self.session.mount("http://", self._adapter)
-        # Connections of its own: one that the API closed while idle would look like an answer that never came.
-        self.session.mount(f"{self.base_url}/site-outages/", HTTPAdapter(max_retries=post_retry))
 
     def __repr__(self) -> str:
         return f"KFClient({self.base_url!r})"
@@ -562,16 +565,19 @@ class KFClient:
 
     def _filter_outages(self, outages: Iterable[Any], site_info: SiteInfo, date: str | datetime) -> list[SiteOutage]:
         """Return those of the site's devices that began at or after `date`, as `site_outages_of` does."""
-        kept = []
-        for outage in site_outages_of(outages, device_names(site_info["devices"]), parse_since(date)):
-            kept.append(outage)
-            self.outages_kept = len(kept)
-        return kept
+        site_outages: list[SiteOutage] = []
+        self.spans = {}
+        names = device_names(site_info["devices"])
+        for outage, span in site_outages_of(outages, names, parse_since(date).timestamp()):
+            site_outages.append(outage)
+            self.spans.setdefault(outage["id"], []).append(span)
+            self.outages_kept = len(site_outages)
+        return site_outages
 
     def _post_site_outages(self, site: str, site_outages: list[SiteOutage]) -> list[SiteOutage]:
         """`POST /site-outages/{siteId}`: return the list once the API has accepted it (a dry run does not send it)."""
         try:
-            body = json.dumps(site_outages, allow_nan=False).encode()
+            body = json.dumps(site_outages, allow_nan=False, check_circular=False).encode()
         except (ValueError, RecursionError) as error:  # such as 1e999 in a field that is only carried along
             raise KFError(
                 "GET /outages: an outage of the site holds what JSON cannot carry; nothing was sent"
@@ -579,8 +585,11 @@ class KFClient:
         if not self.dry_run:
             start = time.monotonic()
             path = f"site-outages/{path_segment(site)}"
-            self._request("POST", path, _Body(body, self._going_out)).close()
+            self._adapter.close()  # a connection that went stale while idle would look like an answer that never came
+            response = self._request("POST", path, self._post_retry, _Body(body, self._going_out))
             self.sent = True
+            with response, contextlib.suppress(ProtocolError, KFError):
+                next(self._pieces(response), None)  # hanging up on the `{}` would reset the connection
             log.info("POST /%s: 200 in %.2f s, %d bytes sent", path, time.monotonic() - start, len(body))
         return site_outages
 
@@ -591,8 +600,7 @@ class KFClient:
         one more error, and the whole is asked for again with what is left of the tries.
         """
         start = time.monotonic()
-        self._adapter.max_retries = retry or self._retry
-        response = self._request("GET", path)
+        response = self._request("GET", path, retry or self._retry)
         try:
             with response:
                 answer = read(self._pieces(response))
@@ -626,13 +634,14 @@ class KFClient:
         except (OSError, HTTPError) as error:
             raise ProtocolError(f"the answer broke off: {reason(error)}") from None
 
-    def _request(self, method: str, path: str, body: _Body | None = None) -> requests.Response:
-        """Send a request, and again as its adapter's Retry says; return an answer of 200, with its body yet to be read.
+    def _request(self, method: str, path: str, retry: Retry, body: _Body | None = None) -> requests.Response:
+        """Send a request, and again as `retry` says; return an answer of 200, with its body yet to be read.
 
         Every request goes through here. Raises OutcomeUnknown where `body` went out and was not answered, else KFError.
         """
         url = f"{self.base_url}/{path}"
         self.sent = False
+        self._adapter.max_retries = retry
         try:
             response = self.session.request(
                 method,
@@ -694,6 +703,8 @@ class KFClient:
 
 def width(text: str) -> int:
     """Return how many columns of a terminal `text` takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -720,46 +731,40 @@ def merged(spans: Iterable[Span]) -> list[Span]:
     return whole
 
 
-def stamp(moment: datetime) -> str:
-    """Return `moment` in UTC as `YYYY-MM-DD HH:MM`."""
-    with contextlib.suppress(OverflowError):  # the first or the last day there is, which keeps its own zone
-        moment = moment.astimezone(timezone.utc)
-    return moment.isoformat(" ")[:16]
+def stamp(seconds: float) -> str:
+    """Return an instant, in seconds since 1970, as `YYYY-MM-DD HH:MM` in UTC."""
+    with contextlib.suppress(OverflowError):  # 9999-12-31T23:59:59-01:00
+        return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat(" ")[:16]
+    return "?"
 
 
-def duration(length: timedelta) -> str:
-    """Return `length` in days and whole hours, such as `3d 4h`."""
-    hours = round(length / timedelta(hours=1))
-    return f"{hours // 24}d {hours % 24}h" if hours or not length else "<1h"
+def duration(seconds: float) -> str:
+    """Return a number of seconds in days and whole hours, such as `3d 4h`."""
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d {hours % 24}h" if hours or not seconds else "<1h"
 
 
-def timeline(spans: Iterable[Span], since: datetime, last: datetime, columns: int) -> str:
+def timeline(spans: Iterable[Span], since: float, last: float, columns: int) -> str:
     """Return the time from `since` to `last` as `columns` characters: `#` where it touches one of `spans`, else `.`."""
     line = ["."] * columns
-    whole = (last - since) or timedelta.resolution
+    scale = (columns - 1e-6) / ((last - since) or 1)  # so that `last` itself is in the last column
     for begin, end in spans:
-        first = min(int((begin - since) / whole * columns), columns - 1)
-        stop = min(max(math.ceil((end - since) / whole * columns), first + 1), columns)
+        first, stop = int((begin - since) * scale), int((end - since) * scale) + 1
         line[first:stop] = "#" * (stop - first)
     return "".join(line)
 
 
 def report(
-    site_info: SiteInfo, site_outages: Iterable[SiteOutage], outages_read: int, since: datetime, columns: int, sent: str
+    site_info: SiteInfo, spans: Mapping[str, list[Span]], outages_read: int, since: float, columns: int, sent: str
 ) -> str:
     """Return what a person wants to know of a run, in lines of at most `columns`.
 
-    Which site, how many of the `outages_read` were `sent` (a word such as "sent"), a table of its devices in the site's
-    order, and their timelines.
+    How many outages of the `outages_read` were `sent` (a word such as "sent"), a table of the site's devices, in its
+    order, and their timelines. `spans` has those of each device by its id.
     """
     names = device_names(site_info["devices"])
-    spans: dict[str, list[Span]] = {device: [] for device in names}
-    for outage in site_outages:
-        spans[outage["id"]].append(outage_span(outage))
-    out = {device: merged(spans[device]) for device in names}
+    out = {device: merged(spans.get(device, ())) for device in names}
     count = sum(map(len, spans.values()))
-    last = max((out[device][-1][1] for device in names if out[device]), default=None)
-
     dates = 16 if columns >= 70 else 10  # a narrow terminal has no room for the time of day
     name_columns = min(max(map(width, ["Device", *map(plain, names.values())])), max(columns - 2 * dates - 29, 6))
     row = f"{{}}  {{:>7}}  {{:{dates}.{dates}}}  {{:{dates}.{dates}}}  {{:>14}}".format
@@ -771,16 +776,17 @@ def report(
         row(fit("Device", name_columns), "Outages", "First begin", "Last end", "Out of service"),
     ]
     for device, label in labels.items():
-        begin, end = (stamp(out[device][0][0]), stamp(out[device][-1][1])) if out[device] else ("-", "-")
-        total = duration(sum((end - begin for begin, end in out[device]), timedelta()))
-        lines.append(row(label, len(spans[device]), begin, end, total))
+        first, last = (stamp(out[device][0][0]), stamp(out[device][-1][1])) if out[device] else ("-", "-")
+        total = sum(end - begin for begin, end in out[device])
+        lines.append(row(label, len(spans.get(device, ())), first, last, duration(total)))
     lines += ["Times are UTC. Overlapping outages of a device are counted once.", ""]
-    if last:
+    if count:
+        stop = max(whole[-1][1] for whole in out.values() if whole)
         cells = max(columns - name_columns - 2, 1)
-        lines += [f"{label}  {timeline(out[device], since, last, cells)}" for device, label in labels.items()]
-        middle = stamp(since + (last - since) / 2)[:10].center(cells - 20) if cells >= 40 else " " * (cells - 20)
-        lines.append(f"{'':{name_columns}}  {stamp(since)[:10]}{middle}{stamp(last)[:10]}")
-        lines.append(f"{'':{name_columns}}  # out of service")
+        lines += [f"{label}  {timeline(out[device], since, stop, cells)}" for device, label in labels.items()]
+        middle = stamp((since + stop) / 2)[:10] if cells >= 40 else ""
+        scale = stamp(since)[:10] + middle.center(cells - 20) + stamp(stop)[:10]
+        lines += [" " * name_columns + "  " + scale, " " * name_columns + "  # out of service"]
     return "\n".join(fit(line, columns).rstrip() for line in lines)
 
 
@@ -1018,9 +1024,9 @@ def show(args: argparse.Namespace, client: KFClient, site_outages: list[SiteOuta
         log.error("the list could not be printed: %s", reason(problem))
         return 1
     if not args.quiet:
-        columns, since = shutil.get_terminal_size().columns, parse_since(args.since)
+        columns, since = shutil.get_terminal_size().columns, parse_since(args.since).timestamp()
         sent, stream = ("would be sent", sys.stderr) if args.dry_run else ("sent", sys.stdout)
-        problem = write(report(client.site_info, site_outages, client.outages_read, since, columns, sent), stream)
+        problem = write(report(client.site_info, client.spans, client.outages_read, since, columns, sent), stream)
         if problem:
             log.error("the list was sent, but the report could not be printed: %s", reason(problem))
     return 0
