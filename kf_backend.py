@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import collections
 import contextlib
 import functools
 import io
@@ -161,6 +162,8 @@ class OutcomeUnknown(KFError):
 
 def plain(text: str) -> str:
     """Return `text` as one line that is safe on a terminal: what moves the cursor or cannot be printed becomes `?`."""
+    if text.isprintable():
+        return text
     joiners = "\u200c\u200d"  # invisible, but letters of many scripts need them
     return "".join(c if c.isprintable() or c in joiners else "?" for c in " ".join(text.split()))
 
@@ -399,7 +402,7 @@ def site_outages_of(
                 f"GET /outages: outage {row} should begin and end at RFC 3339 times, but has {held}"
             ) from error
         if begin >= since:
-            yield cast(SiteOutage, {**outage, "name": names[device]}), (begin, end)
+            yield cast(SiteOutage, {**outage, "name": names[device]}), (begin, end if end > begin else begin)
 
 
 class _Retry(Retry):
@@ -455,7 +458,7 @@ class _Body(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         self.before_read()
-        return super().read(size)
+        return super().read()  # all of it, since asking for a little at a time is slow
 
 
 class KFClient:
@@ -466,8 +469,9 @@ class KFClient:
     `on_progress` is called with the client as `GET /outages` comes in. Raises UsageError for a wrong argument.
 
     After (or during) `handler`, `site_info` is what the API said of the site, `received` the bytes of the answer under
-    way and `expected` their number (None where unknown), `outages_read` and `outages_kept` count outages, and `sent`
-    tells whether the API has the list: False (no), True (it was accepted) or None (it went out and no answer came).
+    way and `expected` their number (None where unknown), `outages_read` a count of outages, `site_outages` the list so
+    far, `spans` the times in it by device, and `sent` tells whether the API has it: False (no), True (it was accepted)
+    or None (it went out and no answer came).
     """
 
     def __init__(
@@ -486,8 +490,9 @@ class KFClient:
         self.dry_run = dry_run
         self.on_progress = on_progress
         self.site_info: SiteInfo = {"id": "", "name": "", "devices": []}
-        self.received = self.outages_read = self.outages_kept = 0
+        self.received = self.outages_read = 0
         self.expected: int | None = None
+        self.site_outages: list[SiteOutage] = []
         self.spans: dict[str, list[Span]] = {}
         self.sent: bool | None = False
 
@@ -552,7 +557,7 @@ class KFClient:
         """
 
         def read(pieces: Iterator[bytes]) -> list[Any]:
-            self.outages_read = self.outages_kept = 0
+            self.outages_read = 0
             return select(itertools.chain.from_iterable(map(self._counted, read_array(pieces))))
 
         return self._get("outages", read)
@@ -565,14 +570,12 @@ class KFClient:
 
     def _filter_outages(self, outages: Iterable[Any], site_info: SiteInfo, date: str | datetime) -> list[SiteOutage]:
         """Return those of the site's devices that began at or after `date`, as `site_outages_of` does."""
-        site_outages: list[SiteOutage] = []
-        self.spans = {}
+        self.site_outages, self.spans = [], collections.defaultdict(list)
         names = device_names(site_info["devices"])
         for outage, span in site_outages_of(outages, names, parse_since(date).timestamp()):
-            site_outages.append(outage)
-            self.spans.setdefault(outage["id"], []).append(span)
-            self.outages_kept = len(site_outages)
-        return site_outages
+            self.site_outages.append(outage)
+            self.spans[outage["id"]].append(span)
+        return self.site_outages
 
     def _post_site_outages(self, site: str, site_outages: list[SiteOutage]) -> list[SiteOutage]:
         """`POST /site-outages/{siteId}`: return the list once the API has accepted it (a dry run does not send it)."""
@@ -720,15 +723,14 @@ def fit(text: str, columns: int) -> str:
     return text + " " * (columns - width(text))
 
 
-def merged(spans: Iterable[Span]) -> list[Span]:
-    """Return `spans` in order, those that touch or overlap made one."""
-    whole: list[Span] = []
-    for begin, end in sorted(spans):
-        if whole and begin <= whole[-1][1]:
-            whole[-1] = (whole[-1][0], max(whole[-1][1], end))
-        else:
-            whole.append((begin, max(begin, end)))
-    return whole
+def out_of_service(spans: Iterable[Span]) -> tuple[float, float]:
+    """Return how many seconds lie in at least one of the sorted `spans`, and when the last of these seconds ended."""
+    total, reached = 0.0, -math.inf
+    for begin, end in spans:
+        if end > reached:
+            total += end - (begin if begin > reached else reached)
+            reached = end
+    return total, reached
 
 
 def stamp(seconds: float) -> str:
@@ -749,8 +751,11 @@ def timeline(spans: Iterable[Span], since: float, last: float, columns: int) -> 
     line = ["."] * columns
     scale = (columns - 1e-6) / ((last - since) or 1)  # so that `last` itself is in the last column
     for begin, end in spans:
-        first, stop = int((begin - since) * scale), int((end - since) * scale) + 1
-        line[first:stop] = "#" * (stop - first)
+        first, last_one = int((begin - since) * scale), int((end - since) * scale)
+        if first == last_one:
+            line[first] = "#"
+        else:
+            line[first : last_one + 1] = "#" * (last_one + 1 - first)
     return "".join(line)
 
 
@@ -762,28 +767,30 @@ def report(
     How many outages of the `outages_read` were `sent` (a word such as "sent"), a table of the site's devices, in its
     order, and their timelines. `spans` has those of each device by its id.
     """
-    names = device_names(site_info["devices"])
-    out = {device: merged(spans.get(device, ())) for device in names}
+    names = {device: plain(name) for device, name in device_names(site_info["devices"]).items()}
+    sorted_spans = {device: sorted(spans.get(device, ())) for device in names}
+    out = {device: out_of_service(sorted_spans[device]) for device in names}
     count = sum(map(len, spans.values()))
+
     dates = 16 if columns >= 70 else 10  # a narrow terminal has no room for the time of day
-    name_columns = min(max(map(width, ["Device", *map(plain, names.values())])), max(columns - 2 * dates - 29, 6))
+    name_columns = min(max(map(width, ["Device", *names.values()])), max(columns - 2 * dates - 29, 6))
     row = f"{{}}  {{:>7}}  {{:{dates}.{dates}}}  {{:{dates}.{dates}}}  {{:>14}}".format
-    labels = {device: fit(plain(name), name_columns) for device, name in names.items()}
+    names = {device: fit(name, name_columns) for device, name in names.items()}
     lines = [
         f"{plain(site_info['name'])} ({plain(site_info['id'])})",
         f"{count:,} of {outages_read:,} outages {sent}, those of the site since {stamp(since)} UTC.",
         "",
         row(fit("Device", name_columns), "Outages", "First begin", "Last end", "Out of service"),
     ]
-    for device, label in labels.items():
-        first, last = (stamp(out[device][0][0]), stamp(out[device][-1][1])) if out[device] else ("-", "-")
-        total = sum(end - begin for begin, end in out[device])
-        lines.append(row(label, len(spans.get(device, ())), first, last, duration(total)))
+    for device, name in names.items():
+        mine, (total, end) = sorted_spans[device], out[device]
+        first, last = (stamp(mine[0][0]), stamp(end)) if mine else ("-", "-")
+        lines.append(row(name, len(mine), first, last, duration(total)))
     lines += ["Times are UTC. Overlapping outages of a device are counted once.", ""]
     if count:
-        stop = max(whole[-1][1] for whole in out.values() if whole)
+        stop = max(end for _, end in out.values())
         cells = max(columns - name_columns - 2, 1)
-        lines += [f"{label}  {timeline(out[device], since, stop, cells)}" for device, label in labels.items()]
+        lines += [f"{name}  {timeline(sorted_spans[device], since, stop, cells)}" for device, name in names.items()]
         middle = stamp((since + stop) / 2)[:10] if cells >= 40 else ""
         scale = stamp(since)[:10] + middle.center(cells - 20) + stamp(stop)[:10]
         lines += [" " * name_columns + "  " + scale, " " * name_columns + "  # out of service"]
@@ -992,7 +999,7 @@ def progress_line(shown: bool) -> Iterator[Callable[[KFClient], None] | None]:
         nonlocal due
         if time.monotonic() >= due:
             due = time.monotonic() + 0.2
-            line = progress(client.received, client.expected, client.outages_read, client.outages_kept)
+            line = progress(client.received, client.expected, client.outages_read, len(client.site_outages))
             write("\r" + fit(line, shutil.get_terminal_size().columns - 1), sys.stderr, end="")
 
     try:
