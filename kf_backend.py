@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -188,8 +189,10 @@ def reason(error: BaseException) -> str:
 def clean_key(api_key: str) -> str:
     """Return `api_key` less the white space around it; raise UsageError, not showing it, if no header can hold it."""
     key = api_key.strip()
+    if not key:
+        raise UsageError("there is no API key: set KF_API_KEY")
     if not re.fullmatch(r"[!-~]+", key):
-        raise UsageError("the API key is empty or has a character other than visible ASCII: check KF_API_KEY")
+        raise UsageError("the API key has a character other than visible ASCII: check KF_API_KEY")
     return key
 
 
@@ -395,11 +398,12 @@ def site_outages_of(
         except (TypeError, KeyError) as error:
             raise KFError(f"GET /outages: outage {row} has no id that is a string; nothing was sent") from error
         try:
-            begin, end = instant(outage["begin"]), instant(outage["end"])
+            begin = instant(outage[(field := "begin")])
+            end = instant(outage[(field := "end")])
         except (KeyError, TypeError, ValueError) as error:
-            held = plain(json.dumps({field: outage.get(field) for field in ("begin", "end")}))[:120]
+            held = plain(reprlib.repr(outage[field])) if field in outage else "nothing"
             raise KFError(
-                f"GET /outages: outage {row} should begin and end at RFC 3339 times, but has {held}"
+                f"GET /outages: outage {row} has {held} as its {field}, no RFC 3339 time; nothing was sent"
             ) from error
         if begin >= since:
             yield cast(SiteOutage, {**outage, "name": names[device]}), (begin, end if end > begin else begin)
@@ -786,8 +790,9 @@ def report(
         mine, (total, end) = sorted_spans[device], out[device]
         first, last = (stamp(mine[0][0]), stamp(end)) if mine else ("-", "-")
         lines.append(row(name, len(mine), first, last, duration(total)))
-    lines += ["Times are UTC. Overlapping outages of a device are counted once.", ""]
+    lines += ["Times are UTC. Overlapping outages of a device are counted once."]
     if count:
+        lines.append("")
         stop = max(end for _, end in out.values())
         cells = max(columns - name_columns - 2, 1)
         lines += [f"{name}  {timeline(sorted_spans[device], since, stop, cells)}" for device, name in names.items()]
@@ -924,21 +929,27 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stopped_by_signals(deadline: float) -> Iterator[None]:
-    """Raise Stopped at Ctrl-C, at SIGTERM and after `deadline` seconds. Python allows that in the main thread only."""
+    """Raise Stopped at Ctrl-C, at SIGTERM and after `deadline` seconds.
+
+    Python lets the main thread alone do that, and Windows has no alarm: there a run has no deadline.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
 
+    alarm = hasattr(signal, "setitimer")
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if alarm else [])]
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    signal.setitimer(signal.ITIMER_REAL, deadline, 1)  # again each second, should a destructor swallow the first
+        alarm, numbers = False, []
+    previous = [(number, signal.signal(number, stop)) for number in numbers]
+    if alarm:
+        signal.setitimer(signal.ITIMER_REAL, deadline, 1)  # again each second, should a destructor swallow the first
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous.items():
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous:
             signal.signal(number, handler)
 
 
@@ -1075,10 +1086,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         sent = client.sent if client else False
         outcome, code = OUTCOMES[sent]
-        if stopped.number == signal.SIGALRM:
+        name = signal.Signals(stopped.number).name
+        if name == "SIGALRM":
             log.error("stopped after %g s (--deadline); %s", args.deadline, outcome)
             return code
-        log.error("stopped by %s; %s", signal.Signals(stopped.number).name, outcome)
+        log.error("stopped by %s; %s", name, outcome)
         return 128 + stopped.number
     finally:
         log.removeHandler(handler)
