@@ -17,6 +17,7 @@ import argparse
 import codecs
 import collections
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -33,21 +34,9 @@ import sys
 import threading
 import time
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import (
-    Any,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    NoReturn,
-    Sequence,
-    TextIO,
-    Tuple,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import Any, NoReturn, TextIO, Tuple, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
 if __name__ == "__main__":  # Ctrl-C ends the process without a traceback, until main() can say more than that
@@ -174,16 +163,12 @@ def reason(error: BaseException) -> str:
     proxy = ""
     while True:
         proxy = "the proxy: " if isinstance(error, ProxyError) else proxy
-        wrapped = [
-            inner
-            for inner in (error.__cause__, *error.args, getattr(error, "reason", None))
-            if isinstance(inner, BaseException)
-        ]
-        if not error.__suppress_context__ and error.__context__:
-            wrapped.append(error.__context__)
-        if not wrapped:
+        context = None if error.__suppress_context__ else error.__context__
+        wrapped = (error.__cause__, *error.args, getattr(error, "reason", None), context)
+        inner = next((one for one in wrapped if isinstance(one, BaseException)), None)
+        if inner is None:
             return proxy + plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        error = wrapped[0]
+        error = inner
 
 
 def clean_key(api_key: str) -> str:
@@ -220,8 +205,8 @@ def path_segment(site: str) -> str:
         raise UsageError(f"{site!a} is no valid text: check --site") from error
 
 
-#: RFC 3339 section 5.6, and 24:00, which ISO 8601 has. Python's parsers take more, each release something else.
 FROMISOFORMAT_KNOWS_Z = sys.version_info >= (3, 11)
+#: RFC 3339 section 5.6, and 24:00, which ISO 8601 has. Python's parsers take more, each release something else.
 RFC_3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-5][0-9])"
 ).fullmatch
@@ -232,7 +217,7 @@ def parse_time(text: str) -> datetime:
     if not RFC_3339(text):
         raise ValueError("not an RFC 3339 time")
     try:
-        # twenty times faster than isoparse, and refuses what it cannot read; before Python 3.11 it knows no Z
+        # twenty times faster than isoparse, and refuses what it cannot read
         return datetime.fromisoformat(text if FROMISOFORMAT_KNOWS_Z else text.replace("Z", "+00:00"))
     except ValueError:
         return isoparse(text.upper())
@@ -344,12 +329,15 @@ def whole_objects(text: str) -> int:
     return end
 
 
+def has_texts(value: object, *fields: str) -> bool:
+    """Return whether `value` is an object of JSON whose `fields` are all there and strings."""
+    return isinstance(value, dict) and all(isinstance(value.get(field), str) for field in fields)
+
+
 def read_site_info(answer: Any, site: str) -> SiteInfo:
     """Return an answer of `GET /site-info/{siteId}`; raise KFError if it is not `site`'s or breaks the contract."""
-    if not isinstance(answer, dict) or not all(isinstance(answer.get(key), str) for key in ("id", "name")):
-        raise KFError(
-            "GET /site-info: the API sent something other than a site with an id and a name; nothing was sent"
-        )
+    if not has_texts(answer, "id", "name"):
+        raise KFError("GET /site-info: the API sent no site with an id and a name; nothing was sent")
     if answer["id"] != site:
         raise KFError(f"GET /site-info: asked for {site!r}, the API sent {plain(answer['id'])!r}; nothing was sent")
     if not isinstance(answer.get("devices"), list):
@@ -362,7 +350,7 @@ def device_names(devices: Iterable[Device]) -> dict[str, str]:
     """Return the name of each device by its id, in the site's order; raise KFError where it is not one name."""
     names: dict[str, str] = {}
     for row, device in enumerate(devices, 1):
-        if not isinstance(device, dict) or not all(isinstance(device.get(key), str) for key in ("id", "name")):
+        if not has_texts(device, "id", "name"):
             raise KFError(f"GET /site-info: device {row} has no id or no name; nothing was sent")
         if names.setdefault(device["id"], device["name"]) != device["name"]:
             raise KFError(f"GET /site-info: device {row} is listed twice with different names; nothing was sent")
@@ -375,8 +363,7 @@ def api_message(body: bytes) -> str | None:
         answer = loads(body.decode("utf-8-sig"))
     except (ValueError, KFError):
         return None
-    message = answer.get("message") if isinstance(answer, dict) else None
-    return message if isinstance(message, str) else None
+    return answer["message"] if has_texts(answer, "message") else None
 
 
 def site_outages_of(
@@ -510,9 +497,8 @@ class KFClient:
             }
         )
         self.session.auth = lambda request: request  # a ~/.netrc would add credentials
-        self.session.trust_env = self.base_url.startswith(
-            "https:"
-        )  # a proxy would see the key on its way to this machine
+        # http is for this machine alone, and a proxy in between would see the key
+        self.session.trust_env = self.base_url.startswith("https:")
         self._retry = _Retry(
             total=RETRIES,
             other=0,  # such as an untrusted certificate
@@ -586,9 +572,7 @@ class KFClient:
         try:
             body = json.dumps(site_outages, allow_nan=False, check_circular=False).encode()
         except (ValueError, RecursionError) as error:  # such as 1e999 in a field that is only carried along
-            raise KFError(
-                "GET /outages: an outage of the site holds what JSON cannot carry; nothing was sent"
-            ) from error
+            raise KFError("GET /outages: an outage of the site holds what is no JSON; nothing was sent") from error
         if not self.dry_run:
             start = time.monotonic()
             path = f"site-outages/{path_segment(site)}"
@@ -597,7 +581,8 @@ class KFClient:
             self.sent = True
             with response, contextlib.suppress(ProtocolError, KFError):
                 next(self._pieces(response), None)  # hanging up on the `{}` would reset the connection
-            log.info("POST /%s: 200 in %.2f s, %d bytes sent", path, time.monotonic() - start, len(body))
+            path = response.request.path_url
+            log.info("POST %s: 200 in %.2f s, %d bytes sent", path, time.monotonic() - start, len(body))
         return site_outages
 
     def _get(self, path: str, read: Callable[[Iterator[bytes]], T], retry: Retry | None = None) -> T:
@@ -608,20 +593,21 @@ class KFClient:
         """
         start = time.monotonic()
         response = self._request("GET", path, retry or self._retry)
+        path_url = response.request.path_url
         try:
             with response:
                 answer = read(self._pieces(response))
-            log.info("GET %s: 200 in %.2f s, %d bytes", response.url, time.monotonic() - start, self.received)
+            log.info("GET %s: 200 in %.2f s, %d bytes", path_url, time.monotonic() - start, self.received)
             return answer
         except KFError as error:
             error.args = (self._clean(str(error)),)
             raise
-        except (ProtocolError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            broken = (
-                error if isinstance(error, ProtocolError) else ProtocolError(f"the answer is cut or no JSON: {error}")
-            )
+        except ProtocolError as error:
+            broken = error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            broken = ProtocolError(f"the answer is cut short or no JSON: {error}")
         try:
-            retry = (response.raw.retries or self._retry).increment("GET", response.request.path_url, error=broken)
+            retry = (response.raw.retries or self._retry).increment("GET", path_url, error=broken)
         except MaxRetryError as error:
             raise self._error("GET", response.url, f"{reason(broken)}, {RETRIES + 1} times", RUN_AGAIN) from error
         retry.sleep()
@@ -860,7 +846,7 @@ def demo_api() -> Iterator[str]:
         if method in to_fail:
             to_fail.remove(method)
             return 500, {"message": "Internal Server Error"}
-        if method == "POST" and not is_list_of_site_outages(body):
+        if method == "POST" and not all(has_texts(row, "id", "name", "begin", "end") for row in json.loads(body)):
             return 400, {"message": "We cannot process your request because it doesn't match the required format."}
         return 200, answers[request]
 
@@ -894,18 +880,6 @@ def demo_api() -> Iterator[str]:
             server.shutdown()
 
 
-def is_list_of_site_outages(body: bytes) -> bool:
-    """Return whether `body` is what the contract asks of `POST /site-outages/{siteId}`."""
-    try:
-        site_outages = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(site_outages, list) and all(
-        isinstance(outage, dict) and all(isinstance(outage.get(field), str) for field in ("id", "name", "begin", "end"))
-        for outage in site_outages
-    )
-
-
 # The command line.
 
 HELP = """\
@@ -937,20 +911,18 @@ def stopped_by_signals(deadline: float) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
 
-    alarm = hasattr(signal, "setitimer")
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if alarm else [])]
-    if threading.current_thread() is not threading.main_thread():
-        alarm, numbers = False, []
-    previous = [(number, signal.signal(number, stop)) for number in numbers]
-    if alarm:
+    main_thread = threading.current_thread() is threading.main_thread()
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGALRM") if main_thread and hasattr(signal, name)]
+    previous = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    if "SIGALRM" in names:
         signal.setitimer(signal.ITIMER_REAL, deadline, 1)  # again each second, should a destructor swallow the first
     try:
         yield
     finally:
-        if alarm:
+        if "SIGALRM" in names:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous:
-            signal.signal(number, handler)
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1024,10 +996,13 @@ def progress_line(shown: bool) -> Iterator[Callable[[KFClient], None] | None]:
 ERASE = "\r\033[K"
 
 
-def write(text: str, stream: TextIO, end: str = "\n") -> OSError | None:
+def write(text: str, stream: TextIO | None, end: str = "\n") -> OSError | None:
     """Print `text` at once; return what went wrong, if anything but the reader's going away (`| head`)."""
+    if stream is None:  # it was closed before we began
+        return OSError(errno.EBADF, os.strerror(errno.EBADF))
+    encoding = stream.encoding or "utf-8"
     try:
-        print(text, file=stream, end=end, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end, flush=True)
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # else Python tries the same again as it shuts down
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -1046,7 +1021,8 @@ def show(args: argparse.Namespace, client: KFClient, site_outages: list[SiteOuta
         sent, stream = ("would be sent", sys.stderr) if args.dry_run else ("sent", sys.stdout)
         problem = write(report(client.site_info, client.spans, client.outages_read, since, columns, sent), stream)
         if problem:
-            log.error("the list was sent, but the report could not be printed: %s", reason(problem))
+            outcome = "printed" if args.dry_run else "sent"
+            log.error("the report could not be printed: %s; the list was %s", reason(problem), outcome)
     return 0
 
 
@@ -1070,15 +1046,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(stopped_by_signals(args.deadline))
-            base_url = args.base_url or os.environ.get("KF_BASE_URL") or BASE_URL
+            base_url = os.environ.get("KF_BASE_URL") or BASE_URL if args.base_url is None else args.base_url
             api_key = os.environ.get("KF_API_KEY", "")
             if args.demo:
                 base_url, api_key = stack.enter_context(demo_api()), DEMO_KEY
                 log.warning("demo: an API of its own at %s, which fails once on a GET and once on a POST", base_url)
-            draw = stack.enter_context(progress_line(terminal and not args.quiet))
-            client = KFClient(base_url, api_key, timeout=args.timeout, dry_run=args.dry_run, on_progress=draw)
-            with client:
-                site_outages = client.handler(args.site, args.since)
+            with progress_line(terminal and not args.quiet) as draw:
+                client = KFClient(base_url, api_key, timeout=args.timeout, dry_run=args.dry_run, on_progress=draw)
+                with client:
+                    site_outages = client.handler(args.site, args.since)
             return show(args, client, site_outages)
     except KFError as error:
         log.error("%s", error)
@@ -1094,6 +1070,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stopped.number
     finally:
         log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
 
 
 if __name__ == "__main__":
