@@ -44,6 +44,7 @@ if __name__ == "__main__":  # Ctrl-C ends the process without a traceback, until
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.connectionpool import ConnectionPool
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ProtocolError, ProxyError
 from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry, parse_url
@@ -440,6 +441,21 @@ class _Retry(Retry):
         time.sleep(wait)
 
 
+class _Adapter(HTTPAdapter):
+    """requests' adapter, but close() closes idle connections at once: urllib3 2 leaves them to garbage collection."""
+
+    pool: ConnectionPool | None = None
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> ConnectionPool:
+        self.pool = super().get_connection_with_tls_context(*args, **kwargs)
+        return self.pool
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.close()
+        super().close()
+
+
 class _Body(io.BytesIO):
     """A request's body that calls `before_read` when any of it is about to leave."""
 
@@ -510,7 +526,7 @@ class KFClient:
         )
         # Once a POST has gone out, only an answer can tell that it was not applied.
         self._post_retry = self._retry.new(read=False)
-        self._adapter = HTTPAdapter(max_retries=self._retry)
+        self._adapter = _Adapter(max_retries=self._retry)
         self.session.mount("https://", self._adapter)
         self.session.mount("http://", self._adapter)
 
@@ -576,7 +592,7 @@ class KFClient:
         if not self.dry_run:
             start = time.monotonic()
             path = f"site-outages/{path_segment(site)}"
-            self._adapter.close()  # a connection that went stale while idle would look like an answer that never came
+            self._adapter.close()  # one that went stale while idle would look like an answer that never came
             response = self._request("POST", path, self._post_retry, _Body(body, self._going_out))
             self.sent = True
             with response, contextlib.suppress(ProtocolError, KFError):
