@@ -31,6 +31,7 @@ import reprlib
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -552,8 +553,8 @@ class KFClient:
 
     def _get_site_info(self, site: str) -> SiteInfo:
         """`GET /site-info/{siteId}`."""
-        answer = self._get(f"site-info/{path_segment(site)}", read_json)
-        self.site_info = read_site_info(answer, site)
+        path = f"site-info/{path_segment(site)}"
+        self.site_info = self._get(path, lambda pieces: read_site_info(read_json(pieces), site))
         return self.site_info
 
     def _get_outages(self, select: Callable[[Iterator[Any]], list[Any]] = list) -> list[Any]:
@@ -778,13 +779,15 @@ def report(
     out = {device: out_of_service(sorted_spans[device]) for device in names}
     count = sum(map(len, spans.values()))
 
-    dates = 16 if columns >= 70 else 10  # a narrow terminal has no room for the time of day
+    dates = 16 if columns >= 70 else 11  # a narrow terminal has no room for the time of day
     name_columns = min(max(map(width, ["Device", *names.values()])), max(columns - 2 * dates - 29, 6))
     row = f"{{}}  {{:>7}}  {{:{dates}.{dates}}}  {{:{dates}.{dates}}}  {{:>14}}".format
     names = {device: fit(name, name_columns) for device, name in names.items()}
     lines = [
         f"{plain(site_info['name'])} ({plain(site_info['id'])})",
-        f"{count:,} of {outages_read:,} outages {sent}, those of the site since {stamp(since)} UTC.",
+        *textwrap.wrap(
+            f"{count:,} of {outages_read:,} outages {sent}, those of the site since {stamp(since)} UTC.", columns
+        ),
         "",
         row(fit("Device", name_columns), "Outages", "First begin", "Last end", "Out of service"),
     ]
@@ -792,7 +795,7 @@ def report(
         mine, (total, end) = sorted_spans[device], out[device]
         first, last = (stamp(mine[0][0]), stamp(end)) if mine else ("-", "-")
         lines.append(row(name, len(mine), first, last, duration(total)))
-    lines += ["Times are UTC. Overlapping outages of a device are counted once."]
+    lines += textwrap.wrap("Times are UTC. Overlapping outages of a device are counted once.", columns)
     if count:
         lines.append("")
         stop = max(end for _, end in out.values())
@@ -1042,6 +1045,13 @@ def show(args: argparse.Namespace, client: KFClient, site_outages: list[SiteOuta
     return 0
 
 
+class _StderrHandler(logging.Handler):
+    """logging's own would have Python end in 120 where stderr is a full disk."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write(self.format(record), sys.stderr)
+
+
 #: By `KFClient.sent`: what to say, and the exit code of a run that was stopped by its deadline.
 OUTCOMES = {
     True: ("the list was sent", 0),
@@ -1054,7 +1064,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: the one place where a failure becomes a line and a code."""
     args = parse(argv)
     terminal = bool(sys.stderr) and sys.stderr.isatty()
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter((ERASE if terminal else "") + "kf_backend: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING)
