@@ -13,6 +13,13 @@ Exit codes: 0 sent; 1 not sent; 2 wrong use; 3 unknown: it may or may not have b
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until main() can say more, Ctrl-C ends the imports without a traceback
+
 import argparse
 import codecs
 import collections
@@ -27,9 +34,7 @@ import math
 import os
 import random
 import re
-import reprlib
 import shutil
-import signal
 import sys
 import textwrap
 import threading
@@ -39,9 +44,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, NoReturn, TextIO, Tuple, TypedDict, TypeVar, cast
 from urllib.parse import quote
-
-if __name__ == "__main__":  # Ctrl-C ends the process without a traceback, until main() can say more than that
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -77,9 +79,11 @@ HINTS = {
     400: "the API does not take the list as it is",
     403: "check KF_API_KEY",
     404: "check --site and --base-url",
-    **dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed, check --base-url"),
+    **dict.fromkeys(range(201, 300), "the contract promises 200 alone, so check what it did before you run it again"),
+    **dict.fromkeys(range(300, 400), "redirects are not followed, check --base-url"),
 }
 RUN_AGAIN = "run it again later"
+NO_ANSWER = "check the network, --base-url, HTTPS_PROXY and REQUESTS_CA_BUNDLE, or run it again later"
 
 #: Bytes read at a time.
 PIECE = 64 * 1024
@@ -130,7 +134,8 @@ class SiteInfo(TypedDict):
 
 
 class KFError(Exception):
-    """The list was not sent: the API refused, the network failed, or the API broke its contract. Safe to run again.
+    """The list was not sent: the API refused, the network failed, or the API broke its contract. Safe to run again,
+    unless it is an OutcomeUnknown.
 
     `status` is the API's last HTTP status and `message` the API's own words, where there were any.
     """
@@ -187,7 +192,8 @@ def clean_base_url(base_url: str) -> str:
     """Return `base_url` as urllib3 reads it, less a trailing slash; raise UsageError if the key would not be safe."""
     try:
         url = parse_url(base_url)
-    except HTTPError as error:
+        (url.host or "").encode("idna")
+    except (HTTPError, UnicodeError) as error:
         raise UsageError("the base URL is not a URL: check --base-url or KF_BASE_URL") from error
     local = re.fullmatch(r"localhost|127(\.\d{1,3}){3}|\[::1\]", url.host or "")
     if not url.host or not (url.scheme == "https" or (url.scheme == "http" and local)):
@@ -207,28 +213,10 @@ def path_segment(site: str) -> str:
         raise UsageError(f"{site!a} is no valid text: check --site") from error
 
 
-FROMISOFORMAT_KNOWS_Z = sys.version_info >= (3, 11)
 #: RFC 3339 section 5.6, and 24:00, which ISO 8601 has. Python's parsers take more, each release something else.
 RFC_3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-5][0-9])"
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,999})?(?:[Zz]|[+-][0-9]{2}:[0-5][0-9])"
 ).fullmatch
-
-
-def parse_time(text: str) -> datetime:
-    """Return the aware datetime that an RFC 3339 time names; raise ValueError or TypeError for anything else."""
-    if not RFC_3339(text):
-        raise ValueError("not an RFC 3339 time")
-    try:
-        # twenty times faster than isoparse, and refuses what it cannot read
-        return datetime.fromisoformat(text if FROMISOFORMAT_KNOWS_Z else text.replace("Z", "+00:00"))
-    except ValueError:
-        return isoparse(text.upper())
-
-
-@functools.lru_cache(maxsize=8192)  # a fault that takes many devices out gives many outages the same time
-def instant(text: str) -> float:
-    """Return what `parse_time` does, in seconds since 1970."""
-    return parse_time(text).timestamp()
 
 
 def isoparse(text: str) -> datetime:
@@ -239,6 +227,23 @@ def isoparse(text: str) -> datetime:
         return parser.isoparse(text)
     except OverflowError as error:  # 9999-12-31T24:00Z
         raise ValueError(str(error)) from error
+
+
+def parse_time(text: str) -> datetime:
+    """Return the aware datetime that an RFC 3339 time names; raise ValueError or TypeError for anything else."""
+    if not RFC_3339(text):
+        raise ValueError("not an RFC 3339 time")
+    try:
+        # twenty times faster than isoparse, and refuses what it cannot read; before Python 3.11 it knows no Z
+        return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return isoparse(text.upper())
+
+
+@functools.lru_cache(maxsize=8192)  # a fault that takes many devices out gives many outages the same time
+def instant(text: str) -> float:
+    """Return what `parse_time` does, in seconds since 1970."""
+    return parse_time(text).timestamp()
 
 
 def parse_since(date: str | datetime) -> datetime:
@@ -282,6 +287,22 @@ def read_json(pieces: Iterable[bytes]) -> Any:
     return loads(body.decode("utf-8-sig"))
 
 
+SEPARATOR = re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
+
+
+def whole_objects(text: str) -> int:
+    """Return where the last whole object ends in `text`, the rest of an array; 0 if there is none."""
+    end = position = 0
+    with contextlib.suppress(ValueError, RecursionError):  # here the text stops, or cannot be read: `loads` tells which
+        while True:
+            before = SEPARATOR.match(text, position)
+            if not before:
+                break
+            _, position = _decoder.raw_decode(text, before.end())
+            end = position if text[position - 1] == "}" else end
+    return end
+
+
 def read_array(pieces: Iterable[bytes]) -> Iterator[list[Any]]:
     """Decode a JSON array as its bytes come, and yield its elements in lists, in their order.
 
@@ -315,25 +336,20 @@ def read_array(pieces: Iterable[bytes]) -> Iterator[list[Any]]:
     yield elements[1:] if taken else elements
 
 
-SEPARATOR = re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
-
-
-def whole_objects(text: str) -> int:
-    """Return where the last whole object ends in `text`, the rest of an array; 0 if there is none."""
-    end = position = 0
-    with contextlib.suppress(ValueError, RecursionError):  # here the text stops, or cannot be read: `loads` tells which
-        while True:
-            before = SEPARATOR.match(text, position)
-            if not before:
-                break
-            _, position = _decoder.raw_decode(text, before.end())
-            end = position if text[position - 1] == "}" else end
-    return end
-
-
 def has_texts(value: object, *fields: str) -> bool:
     """Return whether `value` is an object of JSON whose `fields` are all there and strings."""
     return isinstance(value, dict) and all(isinstance(value.get(field), str) for field in fields)
+
+
+def device_names(devices: Iterable[Device]) -> dict[str, str]:
+    """Return the name of each device by its id, in the site's order; raise KFError where it is not one name."""
+    names: dict[str, str] = {}
+    for row, device in enumerate(devices, 1):
+        if not has_texts(device, "id", "name"):
+            raise KFError(f"GET /site-info: device {row} has no id or no name; nothing was sent")
+        if names.setdefault(device["id"], device["name"]) != device["name"]:
+            raise KFError(f"GET /site-info: device {row} is listed twice with different names; nothing was sent")
+    return names
 
 
 def read_site_info(answer: Any, site: str) -> SiteInfo:
@@ -346,17 +362,6 @@ def read_site_info(answer: Any, site: str) -> SiteInfo:
         raise KFError("GET /site-info: the API sent a site without a list of devices; nothing was sent")
     device_names(answer["devices"])
     return cast(SiteInfo, answer)
-
-
-def device_names(devices: Iterable[Device]) -> dict[str, str]:
-    """Return the name of each device by its id, in the site's order; raise KFError where it is not one name."""
-    names: dict[str, str] = {}
-    for row, device in enumerate(devices, 1):
-        if not has_texts(device, "id", "name"):
-            raise KFError(f"GET /site-info: device {row} has no id or no name; nothing was sent")
-        if names.setdefault(device["id"], device["name"]) != device["name"]:
-            raise KFError(f"GET /site-info: device {row} is listed twice with different names; nothing was sent")
-    return names
 
 
 def api_message(body: bytes) -> str | None:
@@ -390,9 +395,16 @@ def site_outages_of(
             begin = instant(outage[(field := "begin")])
             end = instant(outage[(field := "end")])
         except (KeyError, TypeError, ValueError) as error:
-            held = plain(reprlib.repr(outage[field])) if field in outage else "nothing"
+            value = outage.get(field)
+            held = (
+                "nothing"
+                if field not in outage
+                else "a list or object"
+                if isinstance(value, (list, dict))
+                else repr(value)
+            )
             raise KFError(
-                f"GET /outages: outage {row} has {held} as its {field}, no RFC 3339 time; nothing was sent"
+                f"GET /outages: the {field} of outage {row} is no RFC 3339 time; nothing was sent; it is {held}"
             ) from error
         if begin >= since:
             yield cast(SiteOutage, {**outage, "name": names[device]}), (begin, end if end > begin else begin)
@@ -429,10 +441,7 @@ class _Retry(Retry):
         asks_too_much = response is not None and (self.get_retry_after(response) or 0) > RETRY_AFTER_MAX
         retry = super(_Retry, self.new(total=0) if asks_too_much else self).increment(*args, **kwargs)
         if response is not None:
-            # urllib3 would read a body that never ends, and use a connection that went stale during the wait
-            with contextlib.suppress(HTTPError, OSError):
-                response.read(PIECE, decode_content=False)
-            response.close()
+            response.close()  # its body may never end, and its connection may go stale before the next try
         return retry
 
     def sleep(self, response: BaseHTTPResponse | None = None) -> None:
@@ -440,6 +449,13 @@ class _Retry(Retry):
         wait = self.get_backoff_time() if wait is None else wait
         self.before_wait(self, wait)
         time.sleep(wait)
+
+
+class _Session(requests.Session):
+    """A session that knows no redirects: the key would go along, and a POST become a GET."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """With `allow_redirects=False` requests would still read the whole body, and the Location."""
 
 
 class _Adapter(HTTPAdapter):
@@ -466,7 +482,7 @@ class _Body(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         self.before_read()
-        return super().read()  # all of it, since asking for a little at a time is slow
+        return super().read(PIECE)  # more than urllib3 asks for at a time, which is slow
 
 
 class KFClient:
@@ -504,7 +520,7 @@ class KFClient:
         self.spans: dict[str, list[Span]] = {}
         self.sent: bool | None = False
 
-        self.session = requests.Session()
+        self.session: requests.Session = _Session()
         self.session.headers.update(
             {
                 "x-api-key": self._api_key,
@@ -632,16 +648,16 @@ class KFClient:
 
     def _pieces(self, response: requests.Response) -> Iterator[bytes]:
         """Yield the body of an answer, decompressed, a piece at a time; raise ProtocolError where it breaks off."""
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding not in ("identity", "gzip"):  # nested ones, and those not asked for, may grow without bounds
-            raise KFError(f"GET {response.url}: the answer has the Content-Encoding {encoding}; nothing was sent")
+        encoding = response.headers.get("Content-Encoding") or "identity"
+        if encoding.lower() not in ("identity", "gzip", "x-gzip"):  # others, or nested ones, may grow without bounds
+            raise KFError(f"{response.url}: the Content-Encoding {encoding} was not asked for; nothing was sent")
         length = response.headers.get("Content-Length", "")
         self.expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
         try:
-            for piece in response.iter_content(PIECE if encoding == "identity" else COMPRESSED_PIECE):
+            for piece in response.iter_content(PIECE if encoding.lower() == "identity" else COMPRESSED_PIECE):
                 self.received = response.raw.tell()
                 yield piece
-        except (OSError, HTTPError) as error:
+        except (OSError, HTTPError, ValueError) as error:
             raise ProtocolError(f"the answer broke off: {reason(error)}") from None
 
     def _request(self, method: str, path: str, retry: Retry, body: _Body | None = None) -> requests.Response:
@@ -651,7 +667,7 @@ class KFClient:
         """
         url = f"{self.base_url}/{path}"
         self.sent = False
-        self._adapter.max_retries = retry
+        self._adapter.max_retries = retry  # requests takes it from nowhere else
         try:
             response = self.session.request(
                 method,
@@ -660,10 +676,9 @@ class KFClient:
                 headers={"Content-Type": "application/json"} if body else None,
                 timeout=self.timeout,
                 stream=True,
-                allow_redirects=False,  # the key would go along, and a POST become a GET
             )
         except (OSError, HTTPError, ValueError) as error:
-            raise self._error(method, url, reason(error), RUN_AGAIN) from error
+            raise self._error(method, url, reason(error), NO_ANSWER) from error
         if response.status_code == 200:
             return response
         if response.status_code > 199:  # the others only announce an answer
@@ -680,8 +695,7 @@ class KFClient:
         message = None
         with contextlib.suppress(HTTPError, KFError):
             message = api_message(b"".join(itertools.islice(self._pieces(response), 8)))
-        if message is not None:
-            message = self._clean(message)[:200]
+        message = self._clean(message) if message else None
         said = f"answered {status}" + (f", {message!r}" if message else "")
         return self._error(method, response.url, said, hint, status, message)
 
@@ -692,11 +706,11 @@ class KFClient:
         if self.sent is None:
             kind, outcome = OutcomeUnknown, "the list may or may not have been applied"
             hint = "check that before you run it again"
-        return kind(self._clean(f"{method} {url}: {problem}; {outcome}: {hint}"), status, message)
+        return kind(f"{method} {url}: {self._clean(problem)}; {outcome}: {self._clean(hint)}", status, message)
 
     def _clean(self, text: str) -> str:
-        """Return `text` without what an API could slip into it: terminal escape codes, and the key."""
-        return plain(text).replace(self._api_key, "[key]")
+        """Return `text` without what an API could slip into it: terminal escape codes, the key, or no end."""
+        return plain(text).replace(self._api_key, "[key]")[:300]
 
     def _going_out(self) -> None:
         self.sent = None
@@ -724,9 +738,8 @@ def width(text: str) -> int:
 def fit(text: str, columns: int) -> str:
     """Return `text` cut or filled with spaces to `columns` of a terminal."""
     if width(text) > columns:
-        while width(text) > columns - 1:
-            text = text[:-1]
-        text += "~"
+        ends = itertools.accumulate(map(width, text))
+        text = "".join(c for c, end in zip(text, ends) if end < columns) + "~"
     return text + " " * (columns - width(text))
 
 
@@ -758,11 +771,11 @@ def timeline(spans: Iterable[Span], since: float, last: float, columns: int) -> 
     line = ["."] * columns
     scale = (columns - 1e-6) / ((last - since) or 1)  # so that `last` itself is in the last column
     for begin, end in spans:
-        first, last_one = int((begin - since) * scale), int((end - since) * scale)
-        if first == last_one:
+        first, until = int((begin - since) * scale), int((end - since) * scale)
+        if first == until:
             line[first] = "#"
         else:
-            line[first : last_one + 1] = "#" * (last_one + 1 - first)
+            line[first : until + 1] = "#" * (until + 1 - first)
     return "".join(line)
 
 
@@ -827,7 +840,7 @@ def demo_answers() -> tuple[list[Outage], SiteInfo]:
 
     def outage(device: str, begin: datetime) -> Outage:
         end = begin + timedelta(milliseconds=rnd.randrange(60 * 86_400_000))
-        begin_text, end_text = (time.isoformat(timespec="milliseconds")[:23] + "Z" for time in (begin, end))
+        begin_text, end_text = (moment.isoformat(timespec="milliseconds")[:23] + "Z" for moment in (begin, end))
         return {"id": device, "begin": begin_text, "end": end_text}
 
     def some_day(first: int, last: int) -> datetime:
@@ -931,25 +944,50 @@ def stopped_by_signals(deadline: float) -> Iterator[None]:
         raise Stopped(number)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGALRM") if main_thread and hasattr(signal, name)]
-    previous = {name: signal.signal(getattr(signal, name), stop) for name in names}
-    if "SIGALRM" in names:
+    numbers = [
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if main_thread and hasattr(signal, name)
+    ]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup leaves them
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    alarm = main_thread and hasattr(signal, "setitimer")
+    if alarm:
         signal.setitimer(signal.ITIMER_REAL, deadline, 1)  # again each second, should a destructor swallow the first
     try:
         yield
     finally:
-        if "SIGALRM" in names:
+        if alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+#: Goes to the start of the terminal's line and empties it.
+ERASE = "\r\033[K"
+
+
+def write(text: str, stream: TextIO | None, end: str = "\n") -> OSError | None:
+    """Print `text` at once; return what went wrong, if anything but the reader's going away (`| head`)."""
+    if stream is None:  # it was closed before we began
+        return OSError(errno.EBADF, os.strerror(errno.EBADF))
+    encoding = stream.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # else Python tries the same again as it shuts down
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
 
 
 class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write(message, file or sys.stderr, end="")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"kf_backend: {message}; --help tells more\n")
 
 
-def seconds(text: str) -> float:
+def seconds_option(text: str) -> float:
     """Return `text` as a number of seconds between 0 and a day."""
     try:
         number = float(text)
@@ -981,13 +1019,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--base-url", metavar="URL", help="the API's address: https, or http to this machine")
     add("--dry-run", action="store_true", help="do all but the POST; print the JSON list")
     add("--demo", action="store_true", help="use an API on this machine: no key, no network")
-    add("--timeout", metavar="SECONDS", type=seconds, default=TIMEOUT, help="the longest silence (%(default)g)")
-    add("--deadline", metavar="SECONDS", type=seconds, default=DEADLINE, help="the longest whole run (%(default)g)")
+    add("--timeout", metavar="SECONDS", type=seconds_option, default=TIMEOUT, help="the longest silence (%(default)g)")
+    add(
+        "--deadline",
+        metavar="SECONDS",
+        type=seconds_option,
+        default=DEADLINE,
+        help="the longest whole run (%(default)g)",
+    )
     loudness("-v", "--verbose", action="store_true", help="tell of each request, too")
     loudness("-q", "--quiet", action="store_true", help="tell of errors alone")
     add("--version", action="version", version=f"kf_backend {__version__}")
     args = parser.parse_args(argv)
-    if args.demo and args.base_url:
+    if args.demo and args.base_url is not None:
         parser.error("--demo brings an API of its own: leave out --base-url")
     return args
 
@@ -1011,24 +1055,6 @@ def progress_line(shown: bool) -> Iterator[Callable[[KFClient], None] | None]:
             write(ERASE, sys.stderr, end="")
 
 
-#: Goes to the start of the terminal's line and empties it.
-ERASE = "\r\033[K"
-
-
-def write(text: str, stream: TextIO | None, end: str = "\n") -> OSError | None:
-    """Print `text` at once; return what went wrong, if anything but the reader's going away (`| head`)."""
-    if stream is None:  # it was closed before we began
-        return OSError(errno.EBADF, os.strerror(errno.EBADF))
-    encoding = stream.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end, flush=True)
-    except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # else Python tries the same again as it shuts down
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return None if isinstance(error, BrokenPipeError) else error
-    return None
-
-
 def show(args: argparse.Namespace, client: KFClient, site_outages: list[SiteOutage]) -> int:
     """Print what a finished run has to show, and return the exit code."""
     problem = write(json.dumps(site_outages, indent=2), sys.stdout) if args.dry_run else None
@@ -1036,7 +1062,7 @@ def show(args: argparse.Namespace, client: KFClient, site_outages: list[SiteOuta
         log.error("the list could not be printed: %s", reason(problem))
         return 1
     if not args.quiet:
-        columns, since = shutil.get_terminal_size().columns, parse_since(args.since).timestamp()
+        columns, since = min(shutil.get_terminal_size().columns, 500), parse_since(args.since).timestamp()
         sent, stream = ("would be sent", sys.stderr) if args.dry_run else ("sent", sys.stdout)
         problem = write(report(client.site_info, client.spans, client.outages_read, since, columns, sent), stream)
         if problem:
@@ -1063,7 +1089,7 @@ OUTCOMES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: the one place where a failure becomes a line and a code."""
     args = parse(argv)
-    terminal = bool(sys.stderr) and sys.stderr.isatty()
+    terminal = bool(sys.stderr) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter((ERASE if terminal else "") + "kf_backend: %(message)s"))
     log.addHandler(handler)
