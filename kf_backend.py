@@ -522,9 +522,9 @@ class KFClient:
                 "Accept-Encoding": "gzip",
             }
         )
-        # No redirect is followed: the key would go along, and a POST become a GET. `allow_redirects=False` would do that,
-        # too, but first read the whole body of the redirect. Replacing a method is what the type checker would forbid.
-        self.session.get_redirect_target = lambda response: None  # type: ignore[method-assign]
+        # No redirect is followed: the key would go along, and a POST become a GET. With `allow_redirects=False` requests
+        # would still read the redirect's whole body. The type checker is right that a method is replaced here.
+        self.session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
         self.session.auth = lambda request: request  # a ~/.netrc would add credentials
         # http is for this machine alone, and a proxy in between would see the key
         self.session.trust_env = self.base_url.startswith("https:")
