@@ -34,6 +34,7 @@ import math
 import os
 import random
 import re
+import reprlib
 import shutil
 import sys
 import textwrap
@@ -373,6 +374,10 @@ def api_message(body: bytes) -> str | None:
     return answer["message"] if has_texts(answer, "message") else None
 
 
+short = reprlib.Repr()
+short.maxstring = 160  # a key that the API echoes is to come out whole, or it would not be recognized
+
+
 def site_outages_of(
     outages: Iterable[Any], names: Mapping[str, str], since: float
 ) -> Iterator[tuple[SiteOutage, Span]]:
@@ -395,14 +400,7 @@ def site_outages_of(
             begin = instant(outage[(field := "begin")])
             end = instant(outage[(field := "end")])
         except (KeyError, TypeError, ValueError) as error:
-            value = outage.get(field)
-            held = (
-                "nothing"
-                if field not in outage
-                else "a list or object"
-                if isinstance(value, (list, dict))
-                else repr(value)
-            )
+            held = plain(short.repr(outage[field])) if field in outage else "nothing"
             raise KFError(
                 f"GET /outages: the {field} of outage {row} is no RFC 3339 time; nothing was sent; it is {held}"
             ) from error
