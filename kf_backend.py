@@ -238,7 +238,7 @@ def parse_time(text: str) -> datetime:
         # twenty times faster than isoparse, and refuses what it cannot read; before Python 3.11 it knows no Z
         return datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
-        return isoparse(text.upper())
+        return isoparse(text)
 
 
 @functools.lru_cache(maxsize=8192)  # a fault that takes many devices out gives many outages the same time
@@ -763,9 +763,10 @@ def duration(seconds: float) -> str:
 def timeline(spans: Iterable[Span], since: float, last: float, columns: int) -> str:
     """Return the time from `since` to `last` as `columns` characters: `#` where it touches one of `spans`, else `.`."""
     line = ["."] * columns
-    scale = (columns - 1e-6) / ((last - since) or 1)  # so that `last` itself is in the last column
+    scale, final = columns / ((last - since) or 1), columns - 1
     for begin, end in spans:
         first, until = int((begin - since) * scale), int((end - since) * scale)
+        first, until = first if first < final else final, until if until < final else final
         if first == until:
             line[first] = "#"
         else:
@@ -967,8 +968,9 @@ def write(text: str, stream: TextIO | None, end: str = "\n") -> OSError | None:
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end, flush=True)
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # else Python tries the same again as it shuts down
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        # else Python would try the same again as it shuts down
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
         return None if isinstance(error, BrokenPipeError) else error
     return None
 
