@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import signal
 
+# Until main() can say more, Ctrl-C ends the imports without a traceback.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # until main() can say more, Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import codecs
@@ -939,9 +938,8 @@ def stopped_by_signals(deadline: float) -> Iterator[None]:
         raise Stopped(number)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if main_thread and hasattr(signal, name)
-    ]
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGALRM") if main_thread and hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup leaves them
     previous = {number: signal.signal(number, stop) for number in numbers}
     alarm = main_thread and hasattr(signal, "setitimer")
