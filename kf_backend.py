@@ -520,8 +520,8 @@ class KFClient:
             }
         )
         # No redirect is followed: the key would go along, and a POST become a GET. With `allow_redirects=False`
-        # requests would still read the redirect's whole body. The type checker is right: a method is replaced.
-        self.session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
+        # requests would still read the redirect's whole body.
+        self.session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]  # on purpose
         self.session.auth = lambda request: request  # a ~/.netrc would add credentials
         # http is for this machine alone, and a proxy in between would see the key
         self.session.trust_env = self.base_url.startswith("https:")
