@@ -21,10 +21,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import codecs
-import collections
 import contextlib
 import errno
-import functools
+import gc
 import io
 import itertools
 import json
@@ -42,7 +41,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Any, NoReturn, TextIO, Tuple, TypedDict, TypeVar, cast
+from typing import Any, Dict, NoReturn, TextIO, Tuple, TypedDict, TypeVar, cast
 from urllib.parse import quote
 
 import requests
@@ -85,13 +84,17 @@ HINTS = {
 RUN_AGAIN = "run it again later"
 NO_ANSWER = "check the network and --base-url, then run it again"
 
-#: Bytes read at a time.
-PIECE = 64 * 1024
+#: Bytes read, or sent, at a time: more of them need fewer calls, but show less of how far a download is.
+READ = 128 * 1024
 #: The same for a compressed body: urllib3 before 2.6 decompresses each read at once, up to a thousandfold.
-COMPRESSED_PIECE = 8 * 1024
+COMPRESSED_READ = 8 * 1024
+#: Bytes decoded at a time: the outages in them should fit into the processor's cache.
+PIECE = 32 * 1024
 #: Characters that one outage may take (some 130 are usual), and the whole of a site's information.
 OUTAGE_MAX = 1024 * 1024
 SITE_INFO_MAX = 16 * 1024 * 1024
+#: Texts of times whose meaning is kept.
+INSTANTS_MAX = 8 * 1024
 
 log = logging.getLogger("kf_backend")
 log.addHandler(logging.NullHandler())  # silent unless the caller turns it on
@@ -240,10 +243,19 @@ def parse_time(text: str) -> datetime:
         return isoparse(text)
 
 
-@functools.lru_cache(maxsize=8192)  # a fault that takes many devices out gives many outages the same time
-def instant(text: str) -> float:
-    """Return what `parse_time` does, in seconds since 1970."""
-    return parse_time(text).timestamp()
+class _Instants(Dict[str, float]):
+    """Seconds from 1970 to what `parse_time` makes of a text, by that text. A fault that takes many devices out gives
+    many outages the same times, so the latest are kept; a dict's own look-up is half of what `lru_cache` takes."""
+
+    def __missing__(self, text: str) -> float:
+        seconds = parse_time(text).timestamp()
+        if len(self) >= INSTANTS_MAX:
+            self.clear()
+        self[text] = seconds
+        return seconds
+
+
+instants = _Instants()
 
 
 def parse_since(date: str | datetime) -> datetime:
@@ -377,10 +389,8 @@ short = reprlib.Repr()
 short.maxstring = 160  # a key that the API echoes is to come out whole, or it would not be recognized
 
 
-def site_outages_of(
-    outages: Iterable[Any], names: Mapping[str, str], since: float
-) -> Iterator[tuple[SiteOutage, Span]]:
-    """Yield each outage of the devices in `names` that began at or after `since`, with its device's name, and its span.
+def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: float) -> Iterator[SiteOutage]:
+    """Yield each outage of the devices in `names` that began at or after `since`, with its device's name.
 
     Order, repeated rows, the text of the times and unknown fields stay as they came; `outages` are not changed.
     KFError is raised for an outage without a string id, since nobody can tell whose it is, and for one of these
@@ -396,15 +406,17 @@ def site_outages_of(
         except (TypeError, KeyError) as error:
             raise KFError(f"GET /outages: outage {row} has no id that is a string; nothing was sent") from error
         try:
-            begin = instant(outage[(field := "begin")])
-            end = instant(outage[(field := "end")])
+            begin = instants[outage[(field := "begin")]]
+            instants[outage[(field := "end")]]
         except (KeyError, TypeError, ValueError) as error:
             held = plain(short.repr(outage[field])) if field in outage else "nothing"
             raise KFError(
                 f"GET /outages: the {field} of outage {row} is no RFC 3339 time; nothing was sent; it is {held}"
             ) from error
         if begin >= since:
-            yield cast(SiteOutage, {**outage, "name": names[device]}), (begin, end if end > begin else begin)
+            site_outage: SiteOutage = outage.copy()
+            site_outage["name"] = names[device]
+            yield site_outage
 
 
 class _Retry(Retry):
@@ -472,7 +484,7 @@ class _Body(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         self.before_read()
-        return super().read(PIECE)  # more than urllib3 asks for at a time, which is slow
+        return super().read(READ)  # more than urllib3 asks for at a time, which is slow
 
 
 class KFClient:
@@ -484,8 +496,8 @@ class KFClient:
 
     After (or during) `handler`, `site_info` is what the API said of the site, `received` the bytes of the answer under
     way and `expected` their number (None where unknown), `outages_read` a count of outages, `site_outages` the list so
-    far, `spans` the times in it by device, and `sent` tells whether the API has it: False (no), True (it was accepted)
-    or None (it went out and no answer came).
+    far, and `sent` tells whether the API has it: False (no), True (it was accepted) or None (it went out and no answer
+    came).
     """
 
     def __init__(
@@ -507,7 +519,6 @@ class KFClient:
         self.received = self.outages_read = 0
         self.expected: int | None = None
         self.site_outages: list[SiteOutage] = []
-        self.spans: dict[str, list[Span]] = {}
         self.sent: bool | None = False
 
         self.session = requests.Session()
@@ -586,11 +597,9 @@ class KFClient:
 
     def _filter_outages(self, outages: Iterable[Any], site_info: SiteInfo, date: str | datetime) -> list[SiteOutage]:
         """Return those of the site's devices that began at or after `date`, as `site_outages_of` does."""
-        self.site_outages, self.spans = [], collections.defaultdict(list)
+        self.site_outages = []
         names = device_names(site_info["devices"])
-        for outage, span in site_outages_of(outages, names, parse_since(date).timestamp()):
-            self.site_outages.append(outage)
-            self.spans[outage["id"]].append(span)
+        self.site_outages.extend(site_outages_of(outages, names, parse_since(date).timestamp()))
         return self.site_outages
 
     def _post_site_outages(self, site: str, site_outages: list[SiteOutage]) -> list[SiteOutage]:
@@ -647,9 +656,10 @@ class KFClient:
         length = response.headers.get("Content-Length", "")
         self.expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
         try:
-            for piece in response.iter_content(PIECE if encoding.lower() == "identity" else COMPRESSED_PIECE):
+            for read in response.iter_content(READ if encoding.lower() == "identity" else COMPRESSED_READ):
                 self.received = response.raw.tell()
-                yield piece
+                for start in range(0, len(read), PIECE):
+                    yield read[start : start + PIECE]
         except (OSError, HTTPError, ValueError) as error:
             raise ProtocolError(f"the answer broke off: {reason(error)}") from None
 
@@ -774,17 +784,21 @@ def timeline(spans: Iterable[Span], since: float, last: float, columns: int) -> 
 
 
 def report(
-    site_info: SiteInfo, spans: Mapping[str, list[Span]], outages_read: int, since: float, columns: int, sent: str
+    site_info: SiteInfo, site_outages: list[SiteOutage], outages_read: int, since: float, columns: int, sent: str
 ) -> str:
     """Return what a person wants to know of a run, in lines of at most `columns`.
 
-    How many outages of the `outages_read` were `sent` (a word such as "sent"), a table of the site's devices, in its
-    order, and their timelines. `spans` has those of each device by its id.
+    How many of the `outages_read` are among the `site_outages` that were `sent` (a word such as "sent"), a table of the
+    site's devices, in its order, and their timelines.
     """
     names = {device: plain(name) for device, name in device_names(site_info["devices"]).items()}
-    sorted_spans = {device: sorted(spans.get(device, ())) for device in names}
-    out = {device: out_of_service(sorted_spans[device]) for device in names}
-    count = sum(map(len, spans.values()))
+    spans: dict[str, list[Span]] = {device: [] for device in names}
+    for outage in site_outages:
+        begin, end = instants[outage["begin"]], instants[outage["end"]]
+        spans[outage["id"]].append((begin, end if end > begin else begin))
+    for mine in spans.values():
+        mine.sort()
+    out = {device: out_of_service(mine) for device, mine in spans.items()}
 
     dates = 16 if columns >= 70 else 11  # a narrow terminal has no room for the time of day
     name_columns = min(max(map(width, ["Device", *names.values()])), max(columns - 2 * dates - 29, 6))
@@ -793,21 +807,22 @@ def report(
     lines = [
         f"{plain(site_info['name'])} ({plain(site_info['id'])})",
         *textwrap.wrap(
-            f"{count:,} of {outages_read:,} outages {sent}, those of the site since {stamp(since)} UTC.", columns
+            f"{len(site_outages):,} of {outages_read:,} outages {sent}, those of the site since {stamp(since)} UTC.",
+            columns,
         ),
         "",
         row(fit("Device", name_columns), "Outages", "First begin", "Last end", "Out of service"),
     ]
     for device, name in names.items():
-        mine, (total, end) = sorted_spans[device], out[device]
+        mine, (total, end) = spans[device], out[device]
         first, last = (stamp(mine[0][0]), stamp(end)) if mine else ("-", "-")
         lines.append(row(name, len(mine), first, last, duration(total)))
     lines += textwrap.wrap("Times are UTC. Overlapping outages of a device are counted once.", columns)
-    if count:
+    if site_outages:
         lines.append("")
         stop = max(end for _, end in out.values())
         cells = max(columns - name_columns - 2, 1)
-        lines += [f"{name}  {timeline(sorted_spans[device], since, stop, cells)}" for device, name in names.items()]
+        lines += [f"{name}  {timeline(spans[device], since, stop, cells)}" for device, name in names.items()]
         middle = stamp((since + stop) / 2)[:10] if cells >= 40 else ""
         scale = stamp(since)[:10] + middle.center(cells - 20) + stamp(stop)[:10]
         lines += [" " * name_columns + "  " + scale, " " * name_columns + "  # out of service"]
@@ -1058,7 +1073,7 @@ def show(args: argparse.Namespace, client: KFClient, site_outages: list[SiteOuta
     if not args.quiet:
         columns, since = min(shutil.get_terminal_size().columns, 500), parse_since(args.since).timestamp()
         sent, stream = ("would be sent", sys.stderr) if args.dry_run else ("sent", sys.stdout)
-        problem = write(report(client.site_info, client.spans, client.outages_read, since, columns, sent), stream)
+        problem = write(report(client.site_info, site_outages, client.outages_read, since, columns, sent), stream)
         if problem:
             outcome = "printed" if args.dry_run else "sent"
             log.error("the report could not be printed: %s; the list was %s", reason(problem), outcome)
@@ -1120,4 +1135,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the imports made stays to the end: no collection need look at it again
     raise SystemExit(main())

@@ -562,6 +562,13 @@ class RulesTests(TestCase):
                 with self.subTest(begin, since=since):
                     self.assertEqual(len(self.kept([outage("b1", begin)], since)), kept)
 
+    def test_only_so_many_times_are_remembered_and_each_rightly(self) -> None:
+        texts = [f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}Z" for second in range(3 * 3600)]
+        self.assertGreater(len(texts), kf.INSTANTS_MAX)
+        for number, text in enumerate((*texts, *texts)):
+            self.assertEqual(kf.instants["2022-01-01T" + text], self.NEW_YEAR.timestamp() + number % len(texts))
+            self.assertLessEqual(len(kf.instants), kf.INSTANTS_MAX)
+
     def test_only_begin_counts(self) -> None:
         self.assertEqual(self.kept([outage("b1", "2021-12-31T00:00:00Z", "2023-01-01T00:00:00Z")]), [])
         backwards = outage("b1", "2022-02-01T00:00:00Z", "2021-02-01T00:00:00Z")
@@ -881,9 +888,11 @@ class ClientTests(TestCase):
         rows = [outage("b1" if row % 10 == 0 else "x") for row in range(5000)]
         api = self.api(outages=[answer(json=rows)])
         told: list[tuple[int, int | None, int]] = []
+        kept: list[int] = []
 
         def on_progress(client: kf.KFClient) -> None:
             told.append((client.received, client.expected, client.outages_read))
+            kept.append(len(client.site_outages))
 
         self.assertEqual(len(self.handle(api, on_progress=on_progress)), 500)
         size = len(dumps(rows))
@@ -891,6 +900,8 @@ class ClientTests(TestCase):
         self.assertEqual(told, sorted(told))
         self.assertEqual({expected for _, expected, _ in told}, {size})
         self.assertEqual(told[-1], (size, size, 5000))
+        before = [0, *(outages_read for _, _, outages_read in told[:-1])]
+        self.assertEqual(kept, [-(-outages_read // 10) for outages_read in before])
 
     def test_with_closes_the_session(self) -> None:
         client = kf.KFClient(kf.BASE_URL, KEY)
@@ -1051,7 +1062,7 @@ class ClientTests(TestCase):
                 client = self.client(api.url, timeout=0.15 if "silence" in case else 10)
                 self.assertEqual(client.handler(), DUE)
                 self.assertEqual((api.lines, api.posted), ([INFO, OUTAGES, OUTAGES, POST], [DUE]))
-                self.assertEqual((client.outages_read, *(len(client.spans[device]) for device in NAMES)), (4, 1, 1))
+                self.assertEqual((client.outages_read, client.site_outages), (4, DUE))
                 self.assertRegex(self.warned.pop(), "^GET /outages: .+; try 2 of 6 in N s$")
         for case, reply in broken(site_info({**NAMES, "x": "ghost"})).items():
             with self.subTest(case, line=INFO):
@@ -1332,13 +1343,17 @@ class ReportTests(TestCase):
     SINCE = datetime(2022, 1, 1, tzinfo=timezone.utc).timestamp()
 
     def report(self, names: Mapping[str, str], spans: Mapping[str, Any], columns: int = 80, name: str = "Site") -> str:
-        """Return the report of `spans` in days since the date."""
+        """Return the report of outages that began and ended at `spans`, in days since the date."""
 
-        def at(days: float) -> float:
-            return self.SINCE + days * 86_400
+        def at(days: float) -> str:
+            return (datetime(2022, 1, 1) + timedelta(days=days)).isoformat(timespec="milliseconds") + "Z"
 
-        given = {device: [(at(begin), at(end)) for begin, end in spans[device]] for device in spans}
-        before = {device: given[device][:] for device in given}
+        given: list[kf.SiteOutage] = [
+            {"id": device, "begin": at(begin), "end": at(end), "name": names[device]}
+            for device in spans
+            for begin, end in spans[device]
+        ]
+        before = copy.deepcopy(given)
         text = kf.report(site_info(names, "site", name), given, 12_345, self.SINCE, columns, "sent")
         self.assertEqual(given, before)
         for line in text.split("\n"):
@@ -1415,6 +1430,7 @@ class ReportTests(TestCase):
             ("not in order", [(4, 6), (0, 1), (5, 7)], "4d 0h"),
             ("long, then short, then apart", [(0, 10), (1, 2), (9, 12), (20, 21)], "13d 0h"),
             ("instants", [(0, 0), (1, 1)], "0d 0h"),
+            ("one that ends before it began", [(1, 2), (5, 3)], "1d 0h"),
             ("minutes", [(0, 0.01)], "<1h"),
             ("hours that round to a day", [(0, 0.99)], "1d 0h"),
         ):
