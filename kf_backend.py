@@ -245,7 +245,7 @@ def parse_time(text: str) -> datetime:
 
 class _Instants(Dict[str, float]):
     """Seconds from 1970 to what `parse_time` makes of a text, by that text. A fault that takes many devices out gives
-    many outages the same times, so the latest are kept; a dict's own look-up is half of what `lru_cache` takes."""
+    many outages the same times, so some are kept; a dict's own look-up is half of what `lru_cache` takes."""
 
     def __missing__(self, text: str) -> float:
         seconds = parse_time(text).timestamp()
@@ -305,7 +305,7 @@ SEPARATOR = re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
 def whole_objects(text: str) -> int:
     """Return where the last whole object ends in `text`, the rest of an array; 0 if there is none."""
     end = position = 0
-    with contextlib.suppress(ValueError, RecursionError):  # here the text stops, or cannot be read: `loads` tells which
+    with contextlib.suppress(ValueError, RecursionError, KFError):  # the text stops, or is wrong: `loads` tells which
         while True:
             before = SEPARATOR.match(text, position)
             if not before:
@@ -318,8 +318,8 @@ def whole_objects(text: str) -> int:
 def read_array(pieces: Iterable[bytes]) -> Iterator[list[Any]]:
     """Decode a JSON array as its bytes come, and yield its elements in lists, in their order.
 
-    However the bytes are cut into pieces, the lists add up to what `loads` makes of the whole, or the same errors are
-    raised (UnicodeDecodeError for what is not UTF-8), perhaps after some lists. No more is held than a piece and an
+    However the bytes are cut into pieces, the lists add up to what `loads` makes of the whole; what it refuses is
+    refused, with one of its errors or UnicodeDecodeError, perhaps after some lists. No more is held than a piece and an
     element: where nothing can be told apart for `OUTAGE_MAX` characters, KFError is raised.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
