@@ -84,11 +84,12 @@ HINTS = {
 RUN_AGAIN = "run it again later"
 NO_ANSWER = "check the network and --base-url, then run it again"
 
-#: Bytes read, or sent, at a time: more of them need fewer calls, but show less of how far a download is.
+#: Bytes read at a time: more of them need fewer calls, but show less of how far a download is.
 READ = 128 * 1024
 #: The same for a compressed body: urllib3 before 2.6 decompresses each read at once, up to a thousandfold.
 COMPRESSED_READ = 8 * 1024
-#: Bytes decoded at a time: the outages in them should fit into the processor's cache.
+#: Bytes decoded at a time, since the outages in them should fit into the processor's cache; and sent at a time, since
+#: Python allows `TIMEOUT` for each send as a whole, and a slow uplink is not silent.
 PIECE = 32 * 1024
 #: Characters that one outage may take (some 130 are usual), and the whole of a site's information.
 OUTAGE_MAX = 1024 * 1024
@@ -484,7 +485,7 @@ class _Body(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         self.before_read()
-        return super().read(READ)  # more than urllib3 asks for at a time, which is slow
+        return super().read(PIECE)  # more than urllib3 asks for at a time, which is slow
 
 
 class KFClient:

@@ -1190,6 +1190,36 @@ class ClientTests(TestCase):
                     self.assertEqual((api.lines, client.sent), ([INFO, OUTAGES] + [POST] * (refused + 1), None))
         self.assertEqual(self.failure(kf.KFError, self.handle, self.api(outages=[then_close(early)])).status, 103)
 
+    def test_a_slow_uplink_is_not_silence(self) -> None:
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else loopback takes the whole at once
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+
+        def read_slowly() -> None:
+            sock, _ = listener.accept()
+            received = b""
+            with sock:
+                while not received.endswith(b"}]"):
+                    piece = sock.recv(4096)
+                    if not piece:
+                        return
+                    received += piece
+                    time.sleep(0.025)
+                sock.sendall(answer(json={}))
+
+        thread = threading.Thread(target=read_slowly)
+        thread.start()
+        self.addCleanup(thread.join)
+        client = self.client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.6)
+        client._adapter.poolmanager.connection_pool_kw["socket_options"] = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)]
+        start = time.monotonic()
+        rows: list[Any] = DUE * 1000
+        client._post_site_outages(kf.SITE, rows)
+        self.assertGreater(time.monotonic() - start, 2 * client.timeout)
+        self.assertTrue(client.sent)
+
     def test_a_request_that_found_no_connection_was_not_sent(self) -> None:
         client = self.client(self.api(listening=False).url)
         for call, line, outcome in (
