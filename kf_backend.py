@@ -488,6 +488,11 @@ class _Body(io.BytesIO):
         return super().read(PIECE)  # more than urllib3 asks for at a time, which is slow
 
 
+def _stay_here(response: requests.Response, **kwargs: Any) -> None:
+    """Have requests follow no redirect: the key would go along, and a POST become a GET."""
+    response.headers.pop("Location", None)  # with `allow_redirects=False` it would still read the redirect's whole body
+
+
 class KFClient:
     """A client of the fleet's API, for one thread at a time. `with KFClient(...) as client:` closes its session.
 
@@ -531,9 +536,7 @@ class KFClient:
                 "Accept-Encoding": "gzip",
             }
         )
-        # No redirect is followed: the key would go along, and a POST become a GET. With `allow_redirects=False`
-        # requests would still read the redirect's whole body.
-        self.session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]  # on purpose
+        self.session.hooks["response"].append(_stay_here)
         self.session.auth = lambda request: request  # a ~/.netrc would add credentials
         # http is for this machine alone, and a proxy in between would see the key
         self.session.trust_env = self.base_url.startswith("https:")
@@ -586,15 +589,16 @@ class KFClient:
 
         def read(pieces: Iterator[bytes]) -> list[Any]:
             self.outages_read = 0
-            return select(itertools.chain.from_iterable(map(self._counted, read_array(pieces))))
+            return select(itertools.chain.from_iterable(self._counted(read_array(pieces))))
 
         return self._get("outages", read)
 
-    def _counted(self, outages: list[Any]) -> list[Any]:
-        self.outages_read += len(outages)
-        if self.on_progress:
-            self.on_progress(self)
-        return outages
+    def _counted(self, lists: Iterable[list[Any]]) -> Iterator[list[Any]]:
+        for outages in lists:
+            self.outages_read += len(outages)
+            yield outages
+            if self.on_progress:  # now that these are filtered, too
+                self.on_progress(self)
 
     def _filter_outages(self, outages: Iterable[Any], site_info: SiteInfo, date: str | datetime) -> list[SiteOutage]:
         """Return those of the site's devices that began at or after `date`, as `site_outages_of` does."""
@@ -747,6 +751,17 @@ def fit(text: str, columns: int) -> str:
     return text + " " * (columns - width(text))
 
 
+def spans_of(site_outages: Iterable[SiteOutage], devices: Iterable[str]) -> dict[str, list[Span]]:
+    """Return the sorted times of the outages of each of the `devices`. One that ends before it began takes no time."""
+    spans: dict[str, list[Span]] = {device: [] for device in devices}
+    for outage in site_outages:
+        begin, end = instants[outage["begin"]], instants[outage["end"]]
+        spans[outage["id"]].append((begin, end if end > begin else begin))
+    for mine in spans.values():
+        mine.sort()
+    return spans
+
+
 def out_of_service(spans: Iterable[Span]) -> tuple[float, float]:
     """Return how many seconds lie in at least one of the sorted `spans`, and when the last of these seconds ended."""
     total, reached = 0.0, -math.inf
@@ -793,12 +808,7 @@ def report(
     site's devices, in its order, and their timelines.
     """
     names = {device: plain(name) for device, name in device_names(site_info["devices"]).items()}
-    spans: dict[str, list[Span]] = {device: [] for device in names}
-    for outage in site_outages:
-        begin, end = instants[outage["begin"]], instants[outage["end"]]
-        spans[outage["id"]].append((begin, end if end > begin else begin))
-    for mine in spans.values():
-        mine.sort()
+    spans = spans_of(site_outages, names)
     out = {device: out_of_service(mine) for device, mine in spans.items()}
 
     dates = 16 if columns >= 70 else 11  # a narrow terminal has no room for the time of day

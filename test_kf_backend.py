@@ -263,6 +263,17 @@ class API(socketserver.ThreadingTCPServer):
         return [json.loads(request.body) for request in self.requests if request.line.startswith("POST")]
 
 
+class Listener(logging.Handler):
+    """Has `call` called with each record."""
+
+    def __init__(self, call: Callable[[logging.LogRecord], object], level: int = logging.NOTSET) -> None:
+        super().__init__(level)
+        self.call = call
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.call(record)
+
+
 class TestCase(unittest.TestCase):
     maxDiff = None
 
@@ -274,8 +285,7 @@ class TestCase(unittest.TestCase):
         patch.start()
         self.addCleanup(patch.stop)
         self.records: list[logging.LogRecord] = []
-        collector, root = logging.Handler(), logging.getLogger()
-        collector.emit = self.records.append  # type: ignore[assignment, method-assign]  # no class for a line
+        collector, root = Listener(self.records.append), logging.getLogger()
         self.addCleanup(root.setLevel, root.level)
         self.addCleanup(root.removeHandler, collector)
         root.setLevel(logging.DEBUG)
@@ -901,8 +911,7 @@ class ClientTests(TestCase):
         self.assertEqual(told, sorted(told))
         self.assertEqual({expected for _, expected, _ in told}, {size})
         self.assertEqual(told[-1], (size, size, 5000))
-        before = [0, *(outages_read for _, _, outages_read in told[:-1])]
-        self.assertEqual(kept, [-(-outages_read // 10) for outages_read in before])
+        self.assertEqual(kept, [-(-outages_read // 10) for _, _, outages_read in told])
 
     def test_with_closes_the_session(self) -> None:
         client = kf.KFClient(kf.BASE_URL, KEY)
@@ -1238,11 +1247,14 @@ class ClientTests(TestCase):
             with self.subTest(line):
                 api = self.api(listening=False)
                 client = self.client(api.url, backoff=0.01)
-                listen = logging.Handler(logging.WARNING)
-                # The API begins to listen at the first warning. The types know neither that nor a method replaced.
-                listen.emit = lambda record, api=api: api.thread.ident or api.listen()  # type: ignore
-                logging.getLogger("kf_backend").addHandler(listen)
-                self.opened.callback(logging.getLogger("kf_backend").removeHandler, listen)
+
+                def listen(record: logging.LogRecord, api: API = api) -> None:
+                    if not api.thread.ident:
+                        api.listen()
+
+                at_first_warning = Listener(listen, logging.WARNING)
+                logging.getLogger("kf_backend").addHandler(at_first_warning)
+                self.opened.callback(logging.getLogger("kf_backend").removeHandler, at_first_warning)
                 self.assertEqual(call(client), DUE)
                 self.assertEqual((api.lines.count(line), api.posted), (1, [DUE]))
 
