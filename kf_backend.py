@@ -17,7 +17,7 @@ environment variables:
   HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    used as requests normally does
 exit codes:
   0  sent (with --dry-run: printed)    1  not sent; safe to rerun
-  2  usage error; no request was made  3  unknown; the list may or may not be applied
+  2  usage error; no request was made  3  unknown; the list may have been applied
   130, 143, 129  interrupted by SIGINT, SIGTERM, SIGHUP
 """
 
@@ -600,8 +600,10 @@ def demo_api() -> Iterator[str]:
 
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:  # HTTPServer would look up this machine's name
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
 
 
 # Command line
@@ -663,8 +665,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     target("--base-url", metavar="URL", help=f"API base URL; must be https, or http to localhost (default: {BASE_URL})")
     add("--dry-run", action="store_true", help="send nothing; print the JSON that would be sent")
     target("--demo", action="store_true", help="use a mock API on this machine; needs no key and no network")
-    add("--timeout", type=float, default=TIMEOUT, help="seconds without data, or to send a list (default: %(default)g)")
-    add("--deadline", type=float, default=DEADLINE, help="seconds for the whole run (default: %(default)g)")
+    add("--timeout", type=float, default=TIMEOUT, help="seconds without data to give up after (default: %(default)g)")
+    add("--deadline", type=float, default=DEADLINE, help="stop after this many seconds in all (default: %(default)g)")
     volume("-v", "--verbose", action="store_true", help="also log each request")
     volume("-q", "--quiet", action="store_true", help="print only errors")
     add("--version", action="version", version=f"kf_backend {__version__}")
