@@ -151,6 +151,7 @@ def root_cause(error: BaseException) -> tuple[str, bool]:
         chain += [inner for inner in wrapped if isinstance(inner, BaseException)][:1]
     text = str(getattr(chain[-1], "strerror", None) or chain[-1]) or type(chain[-1]).__name__
     text = str(chain[-1]) if getattr(chain[-1], "filename", None) else text  # names the file
+    text = re.sub(r"IncompleteRead\((.*)\)", r"download interrupted, \1", text)
     proxy = text.startswith("Tunnel connection failed") or any(isinstance(one, ProxyError) for one in chain)
     if isinstance(error, (InvalidURL, InvalidSchema)):  # the proxy's, which may contain a password
         proxy, text = True, "invalid URL"
@@ -317,7 +318,7 @@ class _Retry(Retry):
         retry, response = super().increment(*args, **kwargs), kwargs.get("response")
         retry.wait = self.wait
         if self.get_retry_after(response) > RETRY_AFTER_MAX:  # too long to wait
-            raise MaxRetryError(kwargs["_pool"], "")
+            raise MaxRetryError(cast(Any, kwargs.get("_pool")), "")
         if response:
             response.close()  # its body may never end, and each attempt has a connection of its own
         return retry
