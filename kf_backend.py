@@ -7,14 +7,14 @@
 
 1. GET /outages: all outages of all devices.
 2. GET /site-info/{siteId}: the site's devices.
-3. Drop outages that began before a given date or are of another site's devices.
-4. Attach the device's display name to each outage that remains.
+3. Drop outages that began before a given date or belong to another site.
+4. Add the device's display name to each remaining outage.
 5. POST /site-outages/{siteId}: send the list.
 
 environment variables:
   KF_API_KEY     API key (required)
   KF_BASE_URL    API base URL, if --base-url is not given
-  HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    used as requests normally does
+  HTTPS_PROXY, ALL_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    handled as usual
 exit codes:
   0  sent (with --dry-run: printed)    1  not sent; safe to rerun
   2  usage error; no request was made  3  unknown; the list may have been applied
@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):  # Windows lacks it
-    # What the parent process does not ignore (nohup) waits until main() can say what became of the list.
+if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):  # not available on Windows
+    # Hold these signals (except any inherited as ignored, as with nohup) until main() can report the outcome.
     _stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, [stop for stop in _stops if signal.getsignal(stop) != signal.SIG_IGN])
 
@@ -52,7 +52,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
-from typing import IO, Any, NoReturn, TextIO, Tuple, TypedDict, Union, cast
+from typing import IO, Any, ContextManager, NoReturn, TextIO, Tuple, TypedDict, Union, cast
 from urllib.parse import quote
 
 import requests
@@ -66,24 +66,24 @@ from urllib3.util import Retry, parse_url
 __version__ = "2.0.0"
 BASE_URL = "https://api.krakenflex.systems/interview-tests-mock-api/v1"
 SITE = "norwich-pear-tree"
-SINCE = "2022-01-01T00:00:00.000Z"  # an outage that began exactly then is still reported
+SINCE = "2022-01-01T00:00:00.000Z"  # outages that began exactly then are reported, too
 TIMEOUT = 30.0  # seconds without data before an attempt is abandoned
 DEADLINE = 600.0  # seconds for the whole run: a server that sends a byte now and then never reaches TIMEOUT
-RETRIES = 5  # attempts after the first one, whose waits add up to 30 seconds at most
-BACKOFF, BACKOFF_MAX = 1.0, 15.0  # seconds before a retry; doubles on each one, with up to 50 % jitter
-RETRY_AFTER_MAX = 60.0  # the longest Retry-After, in seconds, that is worth waiting for
-CHUNK = 32 * 1024  # bytes decoded at a time: small enough for the outages in them to fit into the processor's cache
-MEMORY_MAX = 16 * 1024 * 1024  # bytes of a response kept in memory; a longer one goes to a temporary file
-BODY_MAX = 1024 * 1024 * 1024  # bytes of the longest response
-OUTAGE_MAX = 1024 * 1024  # characters of the longest outage (about 130 are usual), and bytes of a response to a POST
-RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # of the API or its gateway: the request was not applied
-ADVICE: dict[int, tuple[str, ...]] = {  # what to do about a status, and the arguments to check
+RETRIES = 5  # attempts after the first; unless the API sends Retry-After, the waits total at most 30 seconds
+BACKOFF, BACKOFF_MAX = 1.0, 15.0  # first and longest wait in seconds; it doubles on each retry, less up to 50 % jitter
+RETRY_AFTER_MAX = 60.0  # the longest Retry-After to honor, in seconds
+CHUNK = 32 * 1024  # bytes decoded at a time: small enough for the decoded outages to fit in the CPU cache
+MEMORY_MAX = 16 * 1024 * 1024  # bytes of a response kept in memory; a larger response goes to a temporary file
+BODY_MAX = 1024 * 1024 * 1024  # maximum size of a response, in bytes
+OUTAGE_MAX = 1024 * 1024  # maximum length of an outage (usually about 130), and of a POST or error response
+RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # from the API or its gateway: taken to mean not applied
+ADVICE: dict[int, tuple[str, ...]] = {  # by status: what to do, and the arguments to check
     **dict.fromkeys(range(300, 400), ("redirects are not followed; check the base URL", "base_url")),
     **dict.fromkeys((408, 425, *RETRY_STATUSES, *range(520, 530)), ("try again later",)),
     **dict.fromkeys((401, 403), ("check the API key", "api_key")),
     **dict.fromkeys((405, 410), ("check the base URL", "base_url")),
     400: ("the API rejected the format of the request",),
-    413: ("the list is too long",),
+    413: ("the list is too large",),
     404: ("check the site ID and the base URL", "site", "base_url"),
 }
 log = logging.getLogger("kf_backend")
@@ -91,8 +91,8 @@ log.addHandler(logging.NullHandler())  # silent unless the application configure
 
 
 # JSON types used by the API. Times are RFC 3339 (`2022-01-01T00:00:00.000Z`).
-class SiteOutage(TypedDict):  # of `POST /site-outages/{siteId}`; those of `GET /outages` lack the name
-    id: str  # of the device
+class SiteOutage(TypedDict):  # sent by `POST /site-outages/{siteId}`; in `GET /outages` they have no name
+    id: str  # the device's ID
     name: str  # its display name (`Battery 1`)
     begin: str
     end: str
@@ -104,10 +104,23 @@ class SiteInfo(TypedDict):  # the response of `GET /site-info/{siteId}`
     devices: list[dict[str, str]]  # each with its id and display name
 
 
-# Errors, and text that is safe to show
+# Errors and safe output
+secrets: set[str] = set()  # the API keys in use
+
+
+def safe(text: str, limit: int = 500) -> str:
+    """Return `text` as one line of at most `limit` characters, without API keys or control characters."""
+    for key in sorted(secrets, key=len, reverse=True):  # one may begin like another
+        for form in (key, repr(key)[1:-1], json.dumps(key)[1:-1], quote(key, safe="", errors="replace")):
+            text = text.replace(form, "[key]") if len(key) >= 8 else text  # shorter keys may occur in words
+    joiners = "\u200c\u200d"  # not printable, but many scripts need them
+    text = "".join(c if c.isprintable() or c in joiners else "?" for c in " ".join(text.split()))
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 class KFError(Exception):
     """The list was not sent: the API rejected a request, the network failed, or the API returned invalid data. `advice`
-    says what to do, `check` names the arguments to check, `status` is the last HTTP status, `message` the API's own.
+    says what to do, `check` lists arguments to check, `status` is the last HTTP status, `message` the API's message.
     """
 
     outcome = "Nothing was sent"
@@ -123,37 +136,26 @@ class UsageError(KFError, ValueError):
 
 
 class OutcomeUnknown(KFError):
-    """The list was sent but no usable response arrived. It is not safe to rerun."""
+    """The list was sent but no usable response arrived. Rerunning is not safe."""
 
     outcome = "The list may or may not have been applied; check before rerunning"
 
 
-#: What became of the list, by `KFClient.sent`, and the exit code if that alone decides it.
+#: For each value of `KFClient.sent`: the outcome to report, and the exit code unless an error determines it.
 OUTCOMES = {False: (KFError.outcome, 1), None: (OutcomeUnknown.outcome, 3), True: ("The list was sent", 0)}
-secrets: set[str] = set()  # the API keys in use
-
-
-def safe(text: str, limit: int = 500) -> str:
-    """Return `text` as one line of at most `limit` characters, without API keys or anything that moves the cursor."""
-    for key in secrets:
-        for form in (key, repr(key)[1:-1], quote(key, safe="")):
-            text = text.replace(form, "[key]") if len(key) >= 8 else text  # ordinary words contain a shorter one
-    joiners = "\u200c\u200d"  # invisible, but letters of many scripts need them
-    text = "".join(c if c.isprintable() or c in joiners else "?" for c in " ".join(text.split()))
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def root_cause(error: BaseException) -> tuple[str, bool]:
-    """Return a short description of what caused `error`, and whether it means that no connection was made."""
+    """Return a short description of what caused `error`, and whether it shows that no connection was made."""
     chain = [error]
-    for one in chain:  # which grows at its end
+    for one in chain:  # the loop appends to it
         wrapped = (one.__cause__, *one.args, getattr(one, "reason", None))
         chain += [inner for inner in wrapped if isinstance(inner, BaseException)][:1]
-    text = str(getattr(chain[-1], "strerror", None) or chain[-1]) or type(chain[-1]).__name__
-    text = str(chain[-1]) if getattr(chain[-1], "filename", None) else text  # names the file
-    text = re.sub(r"IncompleteRead\((.*)\)", r"download interrupted, \1", text)
-    proxy = text.startswith("Tunnel connection failed") or any(isinstance(one, ProxyError) for one in chain)
-    if isinstance(error, (InvalidURL, InvalidSchema)):  # the proxy's, which may contain a password
+    short = None if getattr(chain[-1], "filename", None) else getattr(chain[-1], "strerror", None)
+    text = str(short or chain[-1]) or type(chain[-1]).__name__  # includes the file name, if any
+    text = re.sub(r"IncompleteRead\((.*)\)", r"response cut off (\1)", text)
+    proxy = any(isinstance(one, ProxyError) for one in chain) or (type(chain[-1]) is OSError and text[:6] == "Tunnel")
+    if isinstance(error, (InvalidURL, InvalidSchema)):  # the proxy's URL, which may contain a password
         proxy, text = True, "invalid URL"
     unconnected = proxy or any(isinstance(one, ConnectTimeoutError) for one in chain)
     return (f"proxy (HTTPS_PROXY or ALL_PROXY): {text}" if proxy else text), unconnected
@@ -171,16 +173,16 @@ def clean_key(api_key: str) -> str:
 
 
 def clean_base_url(base_url: str) -> str:
-    """Return `base_url` as requests writes it, without a trailing slash; raise UsageError if it is not safe."""
+    """Return `base_url` as normalized by requests, without a trailing slash; raise UsageError if it is not safe."""
     try:
-        prepared = str(requests.Request("GET", base_url.strip()).prepare().url)
-        url = parse_url(prepared)
+        url = parse_url(str(requests.Request("GET", base_url.strip()).prepare().url))
+        prepared = str(requests.Request("GET", url.url).prepare().url)  # twice, for `%2e`
         host = (url.host or "").encode("idna").decode().strip("[]")
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UsageError("the base URL is not a valid URL", "base_url") from error
     if url.auth is not None or "?" in base_url or "#" in base_url:
         raise UsageError("the base URL must not contain credentials, a query or a fragment", "base_url")
-    with contextlib.suppress(ValueError):  # a name
+    with contextlib.suppress(ValueError):  # not an IP address
         host = "localhost" if ipaddress.ip_address(host).is_loopback else host
     if url.scheme != "https" and (url.scheme, host) != ("http", "localhost"):
         raise UsageError("the base URL must use https (http is allowed only for localhost)", "base_url")
@@ -195,7 +197,7 @@ def path_segment(site: str) -> str:
     raise UsageError(f"invalid site ID {site!a}", "site")
 
 
-Instant = Tuple[int, str]  # seconds since 1970, and the digits of the fraction without trailing zeros: exact, ordered
+Instant = Tuple[int, str]  # seconds since 1970, and the fraction's digits without trailing zeros: exact and sortable
 Date = Union[str, dt.date, dt.datetime]
 RFC_3339 = re.compile(  # section 5.6; Python's own parsers accept more, and differ by version
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt ]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]+))?([Zz]|[+-][0-9]{2}:[0-5][0-9])"
@@ -229,10 +231,10 @@ def parse_since(date: Date) -> Instant:
 
 
 def whole_objects(text: str) -> int:
-    """Return the index just after the last complete object in `text`, the rest of an array; 0 if there is none."""
+    """Return the index just after the last complete object in `text`, the rest of an array, or 0 if there is none."""
     decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
     end = position = 0
-    with contextlib.suppress(ValueError):  # the text stops, or is invalid
+    with contextlib.suppress(ValueError):  # the text ends or is invalid
         while before := separator.match(text, position):
             _, position = decoder.raw_decode(text, before.end())
             end = position if text[position - 1] == "}" else end
@@ -240,16 +242,16 @@ def whole_objects(text: str) -> int:
 
 
 def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
-    """Yield the items of a JSON array (RFC 8259) in lists, which add up to `json.loads` of the whole body wherever the
-    chunks are split. Raises ValueError or RecursionError if that does, and KFError for an item over `OUTAGE_MAX`.
+    """Yield the items of a JSON array (RFC 8259) in lists that add up to `json.loads` of the whole body, wherever the
+    chunks are split. Raise ValueError or RecursionError as `json.loads` does, or KFError for an item over `OUTAGE_MAX`.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    taken = text = ""  # `taken` stands for the items already yielded, `text` is all that follows them
+    taken = text = ""  # `taken` stands for the items already yielded; `text` is everything after them
     for chunk in chunks:
         new = decode(chunk)
         text += new
         if "}" in new:
-            end = text.rfind("}") + 1  # if no array comes before it, this brace is inside an item, or a string
+            end = text.rfind("}") + 1  # unless this completes an array, the brace is inside an item or a string
             try:
                 items = json.loads(taken + text[:end] + "]")
             except json.JSONDecodeError:
@@ -265,7 +267,7 @@ def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
 
 
 def device_names(site_info: SiteInfo) -> dict[str, str]:
-    """Return each device's name by its ID, in the site's order; raise KFError unless each has exactly one."""
+    """Return a dict of device IDs to names, in the site's order; raise KFError unless each has exactly one."""
     names: dict[str, str] = {}
     for row, device in enumerate(site_info["devices"], 1):
         if not isinstance(device, dict) or not all(isinstance(device.get(field), str) for field in ("id", "name")):
@@ -276,8 +278,8 @@ def device_names(site_info: SiteInfo) -> dict[str, str]:
 
 
 def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: Instant) -> Iterator[SiteOutage]:
-    """Yield the outages of the devices in `names` that began at or after `since`, as they came, but with their device's
-    name. Raises KFError for one without a string ID, and for one of these devices with a time that is not RFC 3339.
+    """Yield the outages of the devices in `names` that began at or after `since`, unchanged except that the device's
+    name is added. Raise KFError if any outage has no string ID, or one of theirs has a time that is not RFC 3339.
     """
     for row, outage in enumerate(outages, 1):
         try:
@@ -299,47 +301,50 @@ def api_error(body: bytes) -> str | None:
     """Return the API's error message (such as `{"message": "Forbidden"}`), if any; raise ValueError if not JSON."""
     answer = json.loads(body.decode("utf-8-sig"))
     keys = ("message", "errorMessage", "errorType") if isinstance(answer, dict) else ()
-    return next((safe(str(answer[key]), 200) for key in keys if key in answer), None)
+    return next((safe(str(answer[key]), 200) or key for key in keys if key in answer), None)
 
 
 # Client
 class _Retry(Retry):
-    """urllib3's Retry, but `wait` waits, given this Retry and the seconds in Retry-After (RFC 9110 section 10.2.3)."""
+    """urllib3's Retry, but to wait it calls `wait(self, seconds in Retry-After)` (RFC 9110 section 10.2.3)."""
 
-    RETRY_AFTER_STATUS_CODES = frozenset()  # or urllib3 would retry a 413, too
+    RETRY_AFTER_STATUS_CODES = frozenset()  # otherwise urllib3 would also retry a 413
     wait: Callable[[Retry, float], None]
 
     def get_retry_after(self, response: Any) -> float:
         with contextlib.suppress(InvalidHeader, ValueError, OverflowError):
             return (super().get_retry_after(response) if response else None) or 0
-        return 0  # it is malformed
+        return 0  # malformed
 
     def increment(self, *args: Any, **kwargs: Any) -> _Retry:
+        dropped = getattr(kwargs.get("error"), "original_error", None)  # of a ProxyError
+        if isinstance(dropped, ConnectionError):  # urllib3 blames the proxy even for a reset by the API
+            kwargs["error"] = ProtocolError("Connection aborted.", dropped)
         retry, response = super().increment(*args, **kwargs), kwargs.get("response")
         retry.wait = self.wait
         if self.get_retry_after(response) > RETRY_AFTER_MAX:  # too long to wait
             raise MaxRetryError(cast(Any, kwargs.get("_pool")), "")
         if response:
-            response.close()  # its body may never end, and each attempt has a connection of its own
+            response.close()  # its body may never end, and each attempt uses a new connection
         return retry
 
     def sleep(self, response: Any = None) -> None:
         self.wait(self, self.get_retry_after(response))
 
 
-class KFClient:
-    """A client of the KrakenFlex API. Not thread-safe. `with KFClient(...) as client:` closes its session.
+class KFClient(ContextManager["KFClient"]):
+    """A client for the KrakenFlex API. Not thread-safe. Use it as a context manager to close its session.
 
-    base_url: https (http is allowed only for localhost).
-    timeout: seconds without data before an attempt is abandoned; also the limit for sending the whole list.
+    base_url: must be https (http is allowed only for localhost). api_key: sent as `x-api-key`.
+    timeout: seconds without data before an attempt is abandoned; sending the whole list must also take no longer.
     backoff: seconds before the first retry.
     dry_run: do everything except the POST.
     session: the `requests.Session`.
     site_info: the response of `GET /site-info/{siteId}`.
-    outages_read: how many outages the API listed.
+    outages_read: the number of outages received from the API.
     sent: whether the API has the list: False (no), True (accepted), None (it may or may not have been applied).
-    lock: held while `sent` becomes None; whoever holds it keeps the list from being sent.
-    on_progress: called during `GET /outages` with the bytes received and their total (None if unknown), at last equal.
+    lock: held while `sent` is set to None; holding it keeps the list from being sent.
+    on_progress: called during `GET /outages` with bytes received and expected (None if unknown); at the end, equal.
     """
 
     def __init__(
@@ -350,10 +355,10 @@ class KFClient:
         self.sent: bool | None = False
         self.on_progress: Callable[[int, int | None], object] = lambda received, expected: None
         self.session, self.lock, self.outages_read = requests.Session(), threading.Lock(), 0
-        # Each request has a connection of its own: a used one may be stale, or hold a response nobody asked for.
+        # Each request uses a new connection: a reused one may be stale, or hold a response to no request of ours.
         self.session.headers.update({"Accept": "application/json", "Accept-Encoding": "gzip", "Connection": "close"})
         self.session.headers.update({"x-api-key": clean_key(api_key), "User-Agent": f"kf_backend/{__version__}"})
-        # A redirect would forward the key, and turn the POST into a GET; `allow_redirects=False` still reads its body.
+        # A redirect would forward the key and make the POST a GET; `allow_redirects=False` would still read its body.
         self.session.hooks["response"].append(lambda response, **kwargs: response.headers.update(Location=""))
         self.session.auth = lambda request: request  # ignore ~/.netrc
         self.session.trust_env = self.base_url.startswith("https:")  # over http, a proxy would see the key
@@ -366,14 +371,11 @@ class KFClient:
         self.session.mount("http://", self._gets)
         self.session.mount(f"{self.base_url}/site-outages/", HTTPAdapter(max_retries=post_retry))
 
-    def __enter__(self) -> KFClient:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.session.close()
 
     def handler(self, site: str = SITE, date: Date = SINCE) -> list[SiteOutage]:
-        """Report `site`'s outages that began at or after `date`, and return the list as it was sent. `date` is ISO 8601
+        """Report `site`'s outages that began at or after `date`, and return the list that was sent. `date` is ISO 8601
         text (UTC if it has no offset), a date in UTC or an aware datetime. Raise UsageError, OutcomeUnknown or KFError.
         """
         path_segment(site), parse_since(date)  # raise UsageError
@@ -410,35 +412,36 @@ class KFClient:
                 raise KFError(f"GET /{path}: the response is not valid JSON ({error})") from error
 
     def _filter_outages(self, outages: Iterable[Any], site_info: SiteInfo, date: Date) -> list[SiteOutage]:
-        """Return those of the site's devices that began at or after `date`, as `site_outages_of` does."""
+        """Return the outages of the site's devices since `date`, with device names (see `site_outages_of`)."""
         return list(site_outages_of(outages, device_names(site_info), parse_since(date)))
 
     def _post_site_outages(self, site: str, site_outages: list[SiteOutage]) -> list[SiteOutage]:
         """`POST /site-outages/{siteId}`: return the list once the API has accepted it (a dry run does not send it)."""
         try:
             body = json.dumps(site_outages, allow_nan=False).encode()
-        except ValueError as error:  # a NaN in a field that is only carried along
+        except ValueError as error:  # NaN in a field that is passed through
             raise KFError(f"GET /outages: an outage of the site is not valid JSON ({error})") from error
         if not self.dry_run:
-            answer, problem = io.BytesIO(), "a response that is not JSON"
+            answer, problem = io.BytesIO(), "got 200 with a response that is not JSON"
             self._request("POST", f"site-outages/{path_segment(site)}", answer, data=body)
             with contextlib.suppress(ValueError, RecursionError):
-                problem = str(api_error(answer.getvalue()) or "") if answer.getvalue().strip() else ""
+                message = api_error(answer.getvalue()) if answer.getvalue().strip() else None
+                problem = "" if message is None else f'got 200 with the message "{message}"'
             if problem:
-                raise self._error(f"got 200 with {problem}")
+                raise self._error(problem)
             self.sent = True
         return site_outages
 
     def _request(self, method: str, path: str, body: IO[bytes], ends: bytes = b"", data: bytes | None = None) -> None:
-        """Send a request, and write the body of its response of 200 to `body`. Raise OutcomeUnknown if `data` may be
-        applied. If the body of a GET is not whole (`ends` are its first and last character), retry that, too.
+        """Send a request and write the body of its 200 response to `body`. Raise OutcomeUnknown if `data` may have been
+        applied. Also retry a GET if its body is incomplete (`ends` are its first and last characters).
         """
         start, url = time.monotonic(), f"{self.base_url}/{path}"
         retry: Retry = self._retry
         headers = {"Content-Type": "application/json"} if method == "POST" else None
         while True:
             self._doing, self._attempt, reply = f"{method} /{path}", len(retry.history) + 1, None
-            self._gets.max_retries = retry  # requests takes it from nowhere else
+            self._gets.max_retries = retry  # requests accepts it nowhere else
             self.session.close()
             with self.lock:
                 self.sent = None if method == "POST" else False
@@ -462,8 +465,7 @@ class KFClient:
         log.info("%s: 200 in %.2f s, %d bytes", self._doing, time.monotonic() - start, len(data or b"") or body.tell())
         body.seek(0)
 
-    def _wait(self, retry: Retry, asked: float) -> None:
-        """Wait before the next attempt. The one before it was rejected, or never sent."""
+    def _wait(self, retry: Retry, asked: float) -> None:  # a POST gets here only if it was rejected or never sent
         self.sent, self._attempt, last = False, len(retry.history) + 1, retry.history[-1]
         seconds = max(asked, min(BACKOFF_MAX, self.backoff * 2 ** (self._attempt - 2)) * random.uniform(0.5, 1))
         problem = f"got {last.status}" if last.error is None else safe(root_cause(last.error)[0])
@@ -474,47 +476,45 @@ class KFClient:
             self.sent = None if last.method == "POST" else False
 
     def _receive(self, response: requests.Response, body: IO[bytes], ends: bytes = b"") -> None:
-        """Write the body of `response`, decompressed, to `body`."""
         encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding not in ("identity", "gzip", "x-gzip"):  # others, or nested ones, may grow without bounds
+        if encoding not in ("identity", "gzip", "x-gzip"):  # others, or nested ones, may expand without limit
             raise self._error(f"unexpected Content-Encoding: {encoding}")
         expected = response.raw.length_remaining if encoding == "identity" else None
-        on_progress = self.on_progress if ends == b"[]" else lambda *numbers: None  # only the outages take long
+        on_progress = self.on_progress if ends == b"[]" else lambda *numbers: None  # only this one takes long
         first, last, limit = b"", b"", {b"[]": BODY_MAX, b"{}": MEMORY_MAX}.get(ends, OUTAGE_MAX)
         body.seek(0)
         body.truncate()
-        # urllib3 before 2.6 decompresses all that it has read at once, up to a thousandfold
+        # urllib3 before 2.6 decompresses everything it has read at once, which may be a thousand times larger
         for chunk in response.iter_content(CHUNK * 4 if encoding == "identity" else CHUNK // 4):
             try:
                 size = body.tell() + body.write(chunk)
             except OSError as error:
                 raise self._error(f"temporary file: {root_cause(error)[0]}") from error
             if size > limit:
-                raise self._error(f"a response longer than {limit:,} bytes")
+                raise self._error(f"the response is longer than {limit:,} bytes")
             first = first or chunk.lstrip(b"\xef\xbb\xbf \t\n\r")[:1]  # a byte order mark may come before it
             last = chunk.rstrip(b" \t\n\r")[-1:] or last
             on_progress(size, expected)
         if ends not in (b"", first + last):
-            raise ProtocolError(f"expected a whole JSON {'array' if ends == b'[]' else 'object'}")
+            raise ProtocolError(f"expected a complete JSON {'array' if ends == b'[]' else 'object'}")
         on_progress(body.tell(), body.tell())
 
     def _rejection(self, response: requests.Response) -> KFError:
         status, wait, body, message = response.status_code, response.headers.get("Retry-After"), io.BytesIO(), None
+        posting = self.sent is None
+        self.sent = None if posting and not (300 <= status < 500 or status in RETRY_STATUSES) else False
         with contextlib.suppress(OSError, HTTPError, ValueError, RecursionError, KFError):
             self._receive(response, body)
             message = api_error(body.getvalue())
         phrase, advice = BaseHTTPRequestHandler.responses.get(status, ("",))[0], ADVICE.get(status, ("",))
         problem = f"got {status} {phrase}".rstrip() + (f' ("{message}")' if message and message != phrase else "")
-        if wait and status in RETRY_STATUSES:
-            advice = (f"try again after the wait that it asks for (Retry-After: {safe(wait, 100)})",)
-        posting = self.sent is None
-        self.sent = None if posting and not (300 <= status < 500 or status in RETRY_STATUSES) else False
+        if status in RETRY_STATUSES and self._retry.get_retry_after(response.raw) > RETRY_AFTER_MAX:
+            advice = (f"try again after the delay the API requests (Retry-After: {safe(str(wait), 100)})",)
         error = self._error(problem, *advice, status=status, message=message)
         error.outcome = "The list was not accepted" if posting and self.sent is False else error.outcome
         return error
 
     def _error(self, problem: str, advice: str = "", *check: str, **details: Any) -> KFError:
-        """Return the error for the request being made: OutcomeUnknown if it may have been applied."""
         problem = f"{self._doing}: {problem}" + (f" ({self._attempt} attempts)" if self._attempt > 1 else "")
         if self.sent is None:
             return OutcomeUnknown(problem, **details)
@@ -523,7 +523,7 @@ class KFClient:
 
 # Report formatting
 def width(text: str) -> int:
-    """Return how many columns of a terminal `text` takes: two for a wide character, none for a combining one."""
+    """Return how many terminal columns `text` takes up: two per wide character, none per combining character."""
     if text.isascii():
         return len(text)
     narrow = {"Mn": 0, "Me": 0, "Cf": 0}
@@ -531,25 +531,26 @@ def width(text: str) -> int:
 
 
 def fit(text: str, columns: int) -> str:
-    """Return `text` cut to, or padded with spaces to, `columns` of a terminal."""
+    """Return `text` cut or padded with spaces to fill `columns` terminal columns."""
     if width(text) > columns:
         text = "".join(c for c, end in zip(text, itertools.accumulate(map(width, text))) if end < columns) + "~"
     return text + " " * (columns - width(text))
 
 
 def report(site_info: SiteInfo, site_outages: list[SiteOutage], since: int, columns: int) -> str:
-    """Return each device's outages in lines of at most `columns`. Overlapping outages count once towards downtime."""
+    """Return the report as lines of at most `columns` columns. Overlapping outages count once towards downtime."""
     names = {device: safe(name) for device, name in device_names(site_info).items()}
     spans: dict[str, list[tuple[int, int]]] = {}
     for outage in site_outages:
         begin, end = parse_time(outage["begin"])[0], parse_time(outage["end"])[0]
         spans.setdefault(outage["id"], []).append((begin, end if end > begin else begin))
     last = max((end for mine in spans.values() for _, end in mine), default=since)
-    first_day, last_day = (str(dt.datetime(1970, 1, 1) + dt.timedelta(seconds=at))[:10] for at in (since, last))
+    days = (min(max(at // 86_400, -719_162), 2_932_896) for at in (since, last))  # of the years 1 to 9999
+    first_day, last_day = (str(dt.date(1970, 1, 1) + dt.timedelta(day)) for day in days)
     room = max(min(max((width(names[device]) for device in spans), default=0), columns // 3), 6)
     cells = max(columns - room - 23, 0)
     axis = first_day + last_day.rjust(cells - 10) if cells > 20 else ""
-    lines = [f"{safe(site_info['name'])} ({safe(site_info['id'])}), outages since {first_day}"]
+    lines = [f"Outages since {first_day}: {safe(site_info['name'])} ({safe(site_info['id'])})"]
     lines += ["", f"{fit('Device', room)}  Outages  Downtime    {axis}"] if spans else []
     for device in (device for device in names if device in spans):
         downtime, reached, line, scale = 0, since, ["."] * cells, cells / (last - since + 1)
@@ -572,7 +573,7 @@ def report(site_info: SiteInfo, site_outages: list[SiteOutage], since: int, colu
 # Mock API for --demo
 @contextlib.contextmanager
 def demo_api() -> Iterator[str]:
-    """Serve made-up outages on 127.0.0.1 in this block, and yield the base URL. The first GET and POST get 500."""
+    """Serve sample outages on 127.0.0.1 and yield the base URL. The first GET and the first POST fail with 500."""
     ids = [f"{number * 2654435761 % 2**32:08x}" for number in range(98)]  # the first eight are the site's
     owners = [ids[number**2 % 11 % 8] for number in range(18)] + ids[8:]
     days = [0, -0.001 / 86_400, *range(14, 290, 33), *range(-290, -70, 33), *range(-270, 270, 6)]  # from 2022-01-01
@@ -599,7 +600,7 @@ def demo_api() -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             """Leave stderr to the client."""
 
-    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:  # HTTPServer would look up this machine's name
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:  # HTTPServer would look up the host name
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -612,11 +613,11 @@ FLAGS = {"api_key": "KF_API_KEY", "base_url": "--base-url or KF_BASE_URL", "site
 
 
 def write(text: str, stream: TextIO | None) -> None:
-    """Print `text` at once. It is not an error if nobody reads it (`| head`), nor if it is only a message (stderr)."""
+    """Print and flush `text`. Ignore a closed pipe (`| head`), and any failure to write to a stream but stdout."""
     try:
-        print(text, file=stream or io.StringIO(), end="", flush=True)  # None: it was closed before we began
+        print(text, file=stream or io.StringIO(), end="", flush=True)  # None if it was closed at startup
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)  # or it would fail again on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)  # else it fails again on exit
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise
 
@@ -629,7 +630,7 @@ def columns_of(stream: TextIO | None) -> int:
 
 
 class Screen(logging.Handler):
-    """Everything on stderr: one line per message, and the progress of a download, which the next message erases."""
+    """Log to stderr: one line per message, and a download progress line that the next message erases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -639,8 +640,7 @@ class Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         write(f"{self.erase}kf_backend: {safe(record.getMessage())}\n", sys.stderr)
 
-    def progress(self, received: int, expected: int | None) -> None:
-        """Redraw the progress line, a few times a second, until all is received. A short download needs none."""
+    def progress(self, received: int, expected: int | None) -> None:  # a few times a second; not for short downloads
         wanted = self.erase and time.monotonic() >= self.due and log.isEnabledFor(logging.WARNING)
         if self.drawn if received == expected else wanted:
             self.due, self.drawn = time.monotonic() + 0.2, received != expected
@@ -651,6 +651,7 @@ class Screen(logging.Handler):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^(unrecognized arguments:)( --?[a-z-]+)?.*", r"\1\2", message)  # the rest may be the API key
         log.error("%s (see --help)", safe(message))
         raise SystemExit(2)
 
@@ -658,80 +659,79 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options in `argv`; exit, as argparse does, after --help, --version or a usage error."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("kf_backend.py", "%(prog)s [options]", epilog=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = _Parser("kf_backend.py", "%(prog)s [options]", __doc__, formatter_class=style, allow_abbrev=False)
     add, volume, target = parser.add_argument, *(parser.add_mutually_exclusive_group().add_argument for _ in range(2))
     add("--site", default=SITE, help="site ID (default: %(default)s)")
-    since = "ignore outages that began before this ISO 8601 date or time, UTC by default (default: %(default)s)"
+    since = "ignore outages that began before this ISO 8601 date or time (UTC if no offset; default: %(default)s)"
     add("--since", metavar="DATE", default=SINCE, help=since)
     target("--base-url", metavar="URL", help=f"API base URL; must be https, or http to localhost (default: {BASE_URL})")
     add("--dry-run", action="store_true", help="send nothing; print the JSON that would be sent")
-    target("--demo", action="store_true", help="use a mock API on this machine; needs no key and no network")
-    add("--timeout", type=float, default=TIMEOUT, help="seconds without data to give up after (default: %(default)g)")
-    add("--deadline", type=float, default=DEADLINE, help="stop after this many seconds in all (default: %(default)g)")
+    target("--demo", action="store_true", help="use a mock API on this machine; needs no API key or network")
+    add("--timeout", type=float, default=TIMEOUT, help="seconds to wait for data (default: %(default)g)")
+    add("--deadline", type=float, default=DEADLINE, help="seconds allowed for the whole run (default: %(default)g)")
     volume("-v", "--verbose", action="store_true", help="also log each request")
     volume("-q", "--quiet", action="store_true", help="print only errors")
     add("--version", action="version", version=f"kf_backend {__version__}")
     args = parser.parse_args(argv)
     if not (0 < args.timeout <= 86_400 and 0 < args.deadline <= 86_400):
-        parser.error("--timeout and --deadline must be between 0 and 86400 seconds")
+        parser.error("--timeout and --deadline must be more than 0 and at most 86400 seconds")
     return args
 
 
 def end_early(client: KFClient, deadline: float) -> threading.Timer:
-    """Start and return a timer that ends the process, as a signal does, with a line saying what became of the list."""
-
-    expired = f"the {deadline:g} s --deadline expired"
+    """Start and return a timer. When it or a signal ends the process, one line says whether the list was sent."""
 
     def end(number: int = 0, frame: object = None) -> NoReturn:
-        client.lock.acquire()  # for good: no list is sent after this line is written, and there is no second line
+        expired = f"the {deadline:g} s --deadline expired"
+        client.lock.acquire()  # never released: after this, no list is sent and no second message is written
         outcome, code = OUTCOMES[client.sent]
         why = f"interrupted by {signal.Signals(number).name}" if number else f"stopped: {expired}"
         with contextlib.suppress(OSError, ValueError):
-            if sys.stderr and (os.name == "nt" or select.select([], [2], [], 1)[1]):  # its reader may not read
+            if sys.stderr and (os.name == "nt" or select.select([], [2], [], 1)[1]):  # do not block if nobody reads it
                 os.write(2, f"{chr(13) * sys.stderr.isatty()}kf_backend: {why}. {outcome}\n".encode())
-        os._exit(128 + number if number else code)  # raising could hang in a lock of urllib3, or be swallowed
+        os._exit(128 + number if number else code)  # raising could hang on a urllib3 lock, or be swallowed
 
     timer = threading.Timer(deadline, end)
     timer.daemon = True
     timer.start()
     if os.name == "nt":
         signal.signal(signal.SIGINT, end)
-    elif blocked := signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # noticed even while a host name is looked up
+    elif blocked := signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
         threading.Thread(target=lambda: end(signal.sigwait(blocked)), daemon=True).start()
     return timer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: the only place that turns errors into messages and exit codes."""
-    start, screen, client, api_key = time.monotonic(), Screen(), None, os.environ.get("KF_API_KEY", "")
-    secrets.add(api_key.strip())
+    start, screen, client, stack = time.monotonic(), Screen(), None, contextlib.ExitStack()
+    secrets.add(api_key := os.environ.get("KF_API_KEY", "").strip())
     log.addHandler(screen)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may lack a letter of a device's name
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters in a device name
     try:
         args = parse(argv)
         log.setLevel(logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING)
         base_url = os.environ.get("KF_BASE_URL") or BASE_URL if args.base_url is None else args.base_url
-        with contextlib.ExitStack() as stack:
-            if args.demo:
-                base_url, api_key = stack.enter_context(demo_api()), "demo-key"
-                log.warning("demo: mock API at %s (its first GET and first POST will fail)", base_url)
-            client = stack.enter_context(KFClient(base_url, api_key, timeout=args.timeout, dry_run=args.dry_run))
-            client.on_progress = screen.progress
-            stack.callback(end_early(client, args.deadline).cancel)
-            site_outages = client.handler(args.site, args.since)
-            share, stream = f"{len(site_outages):,} of {client.outages_read:,} outages", sys.stdout
-            verdict = f"Sent {share} to {client.base_url} in {time.monotonic() - start:.1f} s."
-            if args.dry_run:
-                write(json.dumps(site_outages, indent=2) + "\n", sys.stdout)
-                verdict, stream = f"Nothing was sent; {share} would be.", sys.stderr
-            if not args.quiet:
-                table = report(client.site_info, site_outages, parse_since(args.since)[0], columns_of(stream))
-                write(f"{table}\n\n{verdict}\n", stream)
+        if args.demo:
+            base_url, api_key = stack.enter_context(demo_api()), "demo-key"
+        client = stack.enter_context(KFClient(base_url, api_key, timeout=args.timeout, dry_run=args.dry_run))
+        client.on_progress = screen.progress
+        stack.callback(end_early(client, args.deadline).cancel)
+        if args.demo:
+            log.warning("demo: mock API at %s (its first GET and first POST will fail)", base_url)
+        site_outages = client.handler(args.site.strip(), args.since)
+        share, stream = f"{len(site_outages):,} of {client.outages_read:,} outages", sys.stdout
+        verdict = f"Sent {share} to {safe(client.base_url)} in {time.monotonic() - start:.1f} s."
+        if args.dry_run:
+            write(json.dumps(site_outages, indent=2) + "\n", sys.stdout)
+            verdict, stream = f"Nothing was sent; {share} would be.", sys.stderr
+        if not args.quiet:
+            table = report(client.site_info, site_outages, parse_since(args.since)[0], columns_of(stream))
+            write(f"{table}\n\n{verdict}\n", stream)
         return 0
     except KFError as error:
-        names = [FLAGS[name] for name in error.check if not args.demo or name in ("site", "date")]
-        advice = (f"; {error.advice}" if error.advice else "") + (f" ({', '.join(names)})" if names else "")
+        names = ", ".join(FLAGS[name] for name in error.check if not args.demo or name in ("site", "date"))
+        advice = f"; {error.advice}{f' ({names})' if names else ''}" if error.advice else names and f"; check {names}"
         log.error("%s. %s%s", error, error.outcome, advice)
         return 2 if isinstance(error, UsageError) else 3 if isinstance(error, OutcomeUnknown) else 1
     except Exception as error:
@@ -741,6 +741,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s. %s", root_cause(error)[0], outcome)
         return code
     finally:
+        stack.close()  # only now: the deadline covers the lines above, too
         log.removeHandler(screen)
         log.setLevel(logging.NOTSET)
 
