@@ -125,10 +125,11 @@ class KFError(Exception):
 
     outcome = "Nothing was sent"
 
-    def __init__(self, problem: str, *check: str, advice: str = "", **details: Any) -> None:
+    def __init__(
+        self, problem: str, *check: str, advice: str = "", status: int | None = None, message: str | None = None
+    ) -> None:
         super().__init__(safe(problem))
-        self.check, self.advice = check, advice
-        self.status, self.message = details.get("status"), details.get("message")
+        self.check, self.advice, self.status, self.message = check, advice, status, message
 
 
 class UsageError(KFError, ValueError):
@@ -207,8 +208,7 @@ RFC_3339 = re.compile(  # section 5.6; Python's own parsers accept more, and dif
 @functools.lru_cache(maxsize=8192)
 def parse_time(text: str) -> Instant:
     """Return the instant of an RFC 3339 time; raise ValueError, OverflowError or TypeError for anything else."""
-    match = RFC_3339(text)
-    if not match:
+    if not (match := RFC_3339(text)):
         raise ValueError("not an RFC 3339 time")
     day, clock, fraction, offset = match.groups("")
     try:
@@ -667,7 +667,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     target("--base-url", metavar="URL", help=f"API base URL; must be https, or http to localhost (default: {BASE_URL})")
     add("--dry-run", action="store_true", help="send nothing; print the JSON that would be sent")
     target("--demo", action="store_true", help="use a mock API on this machine; needs no API key or network")
-    add("--timeout", type=float, default=TIMEOUT, help="seconds to wait for data (default: %(default)g)")
+    add("--timeout", type=float, default=TIMEOUT, help="seconds to wait for data or to send all (default: %(default)g)")
     add("--deadline", type=float, default=DEADLINE, help="seconds allowed for the whole run (default: %(default)g)")
     volume("-v", "--verbose", action="store_true", help="also log each request")
     volume("-q", "--quiet", action="store_true", help="print only errors")
@@ -682,10 +682,10 @@ def end_early(client: KFClient, deadline: float) -> threading.Timer:
     """Start and return a timer. When it or a signal ends the process, one line says whether the list was sent."""
 
     def end(number: int = 0, frame: object = None) -> NoReturn:
-        expired = f"the {deadline:g} s --deadline expired"
+        expired = f"stopped: the {deadline:g} s --deadline expired"
         client.lock.acquire()  # never released: after this, no list is sent and no second message is written
         outcome, code = OUTCOMES[client.sent]
-        why = f"interrupted by {signal.Signals(number).name}" if number else f"stopped: {expired}"
+        why = f"interrupted by {signal.Signals(number).name}" if number else expired
         with contextlib.suppress(OSError, ValueError):
             if sys.stderr and (os.name == "nt" or select.select([], [2], [], 1)[1]):  # do not block if nobody reads it
                 os.write(2, f"{chr(13) * sys.stderr.isatty()}kf_backend: {why}. {outcome}\n".encode())
