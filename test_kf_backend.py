@@ -361,7 +361,7 @@ class RulesTests(TestCase):
     )
 
     def test_safe_leaves_nothing_that_moves_the_cursor_and_no_key(self) -> None:
-        for key in (KEY, "got", "8letters", "7letter"):
+        for key in (KEY, "got", "8letters", "7letter", "8letters+more", 'with"quote'):
             kf.clean_key(key)
         for case, given, expected in (
             *(("an escape code", "a\x1b[31mb", "a?[31mb"), ("one of 8 bits", "a\x9b31mb", "a?31mb")),
@@ -370,6 +370,7 @@ class RulesTests(TestCase):
             ("letters and a joiner", f"é 电池 {FARSI}", f"é 电池 {FARSI}"),
             *(("a long text", "x" * 501, "x" * 500 + "..."), ("one just short enough", "x" * 500, "x" * 500)),
             ("a short key is an ordinary word", "got 8letters 7letter", "got [key] 7letter"),
+            *(("a longer key", "8letters+more", "[key]"), ("in JSON", dumps('with"quote').decode(), '"[key]"')),
             *((f"a key before it is cut: {key}", "x" * 494 + f" {key}\nb", "x" * 494 + " [key]...") for key in FORMS),
         ):
             self.assertEqual(kf.safe(given), expected, case)
@@ -379,7 +380,9 @@ class RulesTests(TestCase):
             self.assertEqual(kf.clean_key(given), "key")
         bad = "the API key contains invalid characters (only visible ASCII is allowed)"
         rows: list[tuple[Any, str]] = [(absent, "no API key") for absent in (None, "", " \n")]
-        rows += [(f"{KEY}{end}", bad) for end in ("é", "\u2019", "\x7f", f" {KEY}", f"\nX-Evil: {KEY}", f"\0{KEY}")]
+        rows += [
+            (f"{KEY}{end}", bad) for end in ("é", "\u2019", "\udcff", "\x7f", f" {KEY}", f"\nX-Evil: {KEY}", f"\0{KEY}")
+        ]
         for given, text in rows:
             error = self.failure(kf.UsageError, kf.KFClient, kf.BASE_URL, given)
             self.assertEqual((str(error), error.check), (text, ("api_key",)), given)
@@ -387,7 +390,7 @@ class RulesTests(TestCase):
     def test_base_urls_that_keep_the_key_safe_are_taken_and_others_refused(self) -> None:
         for given, expected in (
             *((" https://h/v1/\r\n", "https://h/v1"), ("HTTPS://H:8443/V1//", "https://h:8443/V1")),
-            ("https://bücher.de/ü", "https://xn--bcher-kva.de/%C3%BC"),
+            *(("https://bücher.de/ü", "https://xn--bcher-kva.de/%C3%BC"), ("https://h/a/%2e/b", "https://h/a/b")),
             *((url, url) for url in (kf.BASE_URL, "https://h")),
             *((f"http://{host}/v1", f"http://{host}/v1") for host in words("localhost:80 127.1.2.3 [::1]:8080")),
         ):
@@ -775,6 +778,8 @@ class ServerTests(TestCase):
             ("switching protocols", then_close(early.replace(b"103", b"101")), "got 101 Switching Protocols"),
             *(("not UTF-8", answer(b'"\xe9"'), html), ("nested", answer(b"[" * 100_000), html)),
             ("another", answer({"errorType": "E", "errorMessage": f"no {KEY}\n"}), told.format(r"no \[key\]")),
+            ("one of no words", answer({"errorType": "E", "errorMessage": " "}), told.format("errorMessage")),
+            ("a claim to be a proxy", then_close(b"Tunnel connection failed: 403\r\n\r\n"), ".+"),
             *(("an error", no(200), told.format("no")), ("a third", answer({"errorType": [1]}), told.format(r"\[1\]"))),
             ("endless", then_drip(answer(**UNSIZED), b" " * kf.CHUNK), "the response is longer than 1,048,576 bytes"),
             ("an encoding not asked for", zipped(b"{}", encoding="br"), "unexpected Content-Encoding: br"),
@@ -1053,6 +1058,12 @@ class ClientTests(TestCase):
             self.assertEqual(self.client(url).handler(), DUE)
             self.assertEqual(proxy.asked, f"({asked})" * 3 if asked else "")
         self.assertEqual(({request.headers["x-api-key"] for request in proxy.requests}, api.asked), ({None}, "OIPOIP"))
+        os.environ["NO_PROXY"] = ""
+        proxy.script[connect] = iter([tunnel] * 9)
+        drop = [then_close(b"")]  # by the API, not by the proxy: a GET is retried, and a POST may have been applied
+        api.script = {"GET /outages": iter(drop), f"POST /site-outages/{kf.SITE}": iter(drop)}
+        self.failure(kf.OutcomeUnknown, self.client(api.url).handler)
+        self.assertEqual(api.asked, "OIPOIP" + "OOIP")
 
     def test_a_proxy_fault_names_the_variable_and_never_a_password(self) -> None:
         os.environ["REQUESTS_CA_BUNDLE"] = str(self.path("cert.pem", CERTIFICATE))
@@ -1104,10 +1115,12 @@ class ReportTests(TestCase):
         self.assertNotIn("No outages", self.report({"d": "D"}, {"d": [(0, 1)]}))
 
     def test_no_line_is_wider_than_the_terminal_and_columns_are_aligned(self) -> None:
-        names = {"b1": "B" * 200, "b2": "电池" * 60, "b3": "e\u0301" * 90, "b4": FARSI, "b5": "🔋", "b6": ""}
+        names = {"b1": "B" * 200, "b2": "电池" * 60, "b3": "e\u0301\u20dd" * 90, "b4": FARSI, "b5": "🔋", "b6": ""}
         names["b7"] = "\x1b[31mred\x1b[0m\n\x9b2J\u202e"
         many: Any = [(n / 24, n / 24 + 0.5) for n in range(2_000)]
         late: Any = {"b1": [(0, 2_900_000)], "b3": [(5, 2)]}
+        old = kf.report(SITE_INFO, [], kf.parse_time("0001-01-01T00:00:00+05:00")[0], 80)  # still in the year 0 in UTC
+        self.assertRegex(old, "^Outages since 0001-01-01: ")
         cases: list[Any] = [{}, {"b1": [(0, 0)]}, {"b1": many, "b4": many[:1]}, late]
         for columns in (20, 60, 80, 500):
             for spans in (*cases, {device: [(0, 1)] for device in names}):
@@ -1395,6 +1408,7 @@ class ProcessTests(TestCase):
             ("100 Continue for ever", 1, UNSENT, {"outages": [then_drip(b"", b"HTTP/1.1 100 X\r\n\r\n", 0.05)]}, ""),
             ("a wait before a POST", 1, UNSENT, {"post": [no(429, Retry_After="30")]}, ""),
             ("a POST's headers that drip", 3, UNKNOWN, {"post": [then_drip(head, b"b", 0.05)]}, ""),
+            ("a rejection that drips", 1, UNSENT, {"post": [then_drip(answer(b"", 403, **UNSIZED), b" ", 0.05)]}, ""),
             ("a reader that does not read", 0, "The list was sent", {}, full),
             ("a host name that is looked up", 1, UNSENT, {}, lookup),
         ):

@@ -64,7 +64,7 @@ with responses.RequestsMock() as mock:
 
 with responses.RequestsMock() as mock:
     mock.get(OUTAGES, **LOGIN_PAGE)
-    assert "expected a whole JSON array (6 attempts)" in str(failure())
+    assert "(6 attempts)" in str(failure())
     assert len(mock.calls) == 6
     passed("responses: an answer that is always broken ends in KFError after six requests")
 
@@ -78,6 +78,6 @@ with requests_mock.Mocker() as mock:
 
 with requests_mock.Mocker() as mock:
     mock.get(OUTAGES, text=LOGIN_PAGE["body"])
-    assert "expected a whole JSON array (6 attempts)" in str(failure())
+    assert "(6 attempts)" in str(failure())
     assert mock.call_count == 6
     passed("requests-mock: an answer that is always broken ends in KFError after six requests")
