@@ -17,7 +17,7 @@ environment variables:
   HTTPS_PROXY, ALL_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    handled as usual
 exit codes:
   0  sent (with --dry-run: printed)    1  not sent; safe to rerun
-  2  usage error; no request was made  3  unknown; the list may have been applied
+  2  usage error; no request was made  3  unknown; it may have been applied
   130, 143, 129  interrupted by SIGINT, SIGTERM, SIGHUP
 """
 
@@ -651,7 +651,7 @@ class Screen(logging.Handler):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^(unrecognized arguments:)( --?[a-z-]+)?.*", r"\1\2", message)  # the rest may be the API key
+        message = re.sub(r"^(unrecognized arguments)(: --?[a-z-]+)?.*", r"\1\2", message)  # the rest may be the API key
         log.error("%s (see --help)", safe(message))
         raise SystemExit(2)
 

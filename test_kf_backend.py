@@ -1245,7 +1245,7 @@ class CommandLineTests(TestCase):
             *(("--timeout 86401", limits), ("--deadline 86401", limits)),
             ("--timeout x", "argument --timeout: invalid float value: 'x'"),
             (f"--timeout {KEY}", r'argument --timeout: invalid float value: "\[key\]"'),
-            *((f"--api-key {KEY}", "unrecognized arguments: --api-key"), (KEY, "unrecognized arguments:")),
+            *((f"--api-key {KEY}", "unrecognized arguments: --api-key"), (KEY, "unrecognized arguments")),
             *(
                 ("--api-key=another", "unrecognized arguments: --api-key"),
                 ("--dead 5", "unrecognized arguments: --dead"),
