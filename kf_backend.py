@@ -150,8 +150,7 @@ def root_cause(error: BaseException) -> tuple[str, bool]:
     """Return a short description of what caused `error`, and whether it shows that no connection was made."""
     chain = [error]
     for one in chain:  # the loop appends to it
-        wrapped = (one.__cause__, *one.args, getattr(one, "reason", None))
-        chain += [inner for inner in wrapped if isinstance(inner, BaseException)][:1]
+        chain += [inner for inner in (one.__cause__, *one.args) if isinstance(inner, BaseException)][:1]
     short = None if getattr(chain[-1], "filename", None) else getattr(chain[-1], "strerror", None)
     text = str(short or chain[-1]) or type(chain[-1]).__name__  # includes the file name, if any
     text = re.sub(r"IncompleteRead\((.*)\)", r"response cut off (\1)", text)
@@ -476,6 +475,7 @@ class KFClient(ContextManager["KFClient"]):
             self.sent = None if last.method == "POST" else False
 
     def _receive(self, response: requests.Response, body: IO[bytes], ends: bytes = b"") -> None:
+        """Write the body of `response`, decompressed, to `body`."""
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip"):  # others, or nested ones, may expand without limit
             raise self._error(f"unexpected Content-Encoding: {encoding}")

@@ -187,18 +187,18 @@ class Request(NamedTuple):
 
 
 class Connection(socketserver.StreamRequestHandler):
-    timeout = 20  # then the client has left it open
+    """A connection for one request, as the client asks for."""
+
+    timeout = 20
     disable_nagle_algorithm = True
     server: API
 
     def handle(self) -> None:
-        closing = False
         with contextlib.suppress(OSError):  # the client may hang up
-            while not closing and (line := self.rfile.readline().decode("latin-1").rpartition(" ")[0]):
+            if line := self.rfile.readline().decode("latin-1").rpartition(" ")[0]:
                 headers = http.client.parse_headers(self.rfile)
                 body = self.rfile.read(int(headers.get("Content-Length", 0)))
                 reply = self.server.reply(Request(line, headers, body))
-                closing = headers["Connection"] == "close" or not isinstance(reply, bytes)
                 reply(self.connection) if callable(reply) else self.connection.sendall(reply)
 
 
@@ -880,6 +880,8 @@ class ClientTests(TestCase):
         with mock.patch.object(requests.Response, "close", autospec=True, side_effect=requests.Response.close) as close:
             error = self.failure(kf.KFError, client.handler)
         self.assertEqual((error.status, error.message, error.check, client.sent), (403, None, ("api_key",), False))
+        error = self.failure(kf.OutcomeUnknown, self.client(self.api(post=[no(501)]).url).handler)
+        self.assertEqual((error.status, error.message), (501, "no"))
         self.assertEqual(close.call_count, 2)  # the one that was cut, and the 403; urllib3 keeps the 500 to itself
         api, due = self.api(), list(kf.site_outages_of(ALL, NAMES, kf.parse_since(kf.SINCE)))
         client = self.client(api.url)
@@ -1084,6 +1086,8 @@ class ClientTests(TestCase):
         denied = PermissionError(13, "Permission denied", "/a/b"), "[Errno 13] Permission denied: '/a/b'"
         for error, text in ((ValueError(), "ValueError"), (OSError(), "OSError"), denied, (wrapped, "Reset by peer")):
             self.assertEqual(kf.root_cause(error), (text, False))
+        refused = "Tunnel connection failed: 407"  # as http.client says if a proxy refuses
+        self.assertEqual(kf.root_cause(OSError(refused)), (f"proxy (HTTPS_PROXY or ALL_PROXY): {refused}", True))
 
 
 class ReportTests(TestCase):
