@@ -1046,6 +1046,7 @@ class ClientTests(TestCase):
                 sink.shutdown(socket.SHUT_WR)
 
         def tunnel(sock: socket.socket) -> None:
+            sock.settimeout(2)
             sock.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
             with socket.create_connection(("127.0.0.1", api.server_address[1])) as onward:
                 back = threading.Thread(target=pump, args=(onward, sock))
@@ -1356,7 +1357,7 @@ class ProcessTests(TestCase):
     def test_a_signal_at_any_moment_gets_one_true_line(self) -> None:
         rnd, api, outcomes = random.Random(3), self.api(), (UNKNOWN, UNSENT, "The list was sent")
         for times in (1, 2):
-            runs = [self.spawn(api.url, "-q") for _ in range(12)]
+            runs = [self.spawn(api.url, "-q") for _ in range(8)]
             for run in runs:
                 status = Path(f"/proc/{run.pid}/status")  # its first lines have run if it blocks signals
                 while run.poll() is None and re.search("SigBlk:\\s0+\n", status.read_text()):
