@@ -55,7 +55,6 @@ from typing import IO, Any, ContextManager, NoReturn, TextIO, Tuple, TypedDict, 
 from urllib.parse import quote
 
 import requests
-from dateutil.parser import isoparse
 from requests.adapters import HTTPAdapter
 from requests.exceptions import InvalidSchema, InvalidURL
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, InvalidHeader, MaxRetryError, ProtocolError, ProxyError
@@ -71,8 +70,8 @@ DEADLINE = 600.0  # seconds for the whole run: a server that sends a byte now an
 RETRIES = 5  # attempts after the first; unless the API sends Retry-After, the waits total at most 30 seconds
 BACKOFF, BACKOFF_MAX = 1.0, 15.0  # first and longest wait in seconds; it doubles on each retry, less up to 50 % jitter
 RETRY_AFTER_MAX = 60.0  # the longest Retry-After to honor, in seconds
-CHUNK = 64 * 1024  # bytes decoded at a time: small enough for the decoded outages to fit in the CPU cache
-MEMORY_MAX = 16 * 1024 * 1024  # bytes of a response kept in memory; a larger response goes to a temporary file
+CHUNK = 64 * 1024  # bytes read at a time: small enough for the decoded outages to fit in the CPU cache
+MEMORY_MAX = 2 * 1024 * 1024  # bytes of a response kept in memory; a larger response goes to a temporary file
 BODY_MAX = 1024 * 1024 * 1024  # maximum size of a response, in bytes
 OUTAGE_MAX = 1024 * 1024  # maximum length of an outage (usually about 130), and of a POST or error response
 RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # from the API or its gateway: taken to mean not applied
@@ -212,7 +211,9 @@ def parse_time(text: str) -> Instant:
     try:
         moment = dt.datetime.fromisoformat(f"{day}T{clock}{'+00:00' if offset in 'Zz' else offset}")
     except ValueError:
-        moment = isoparse(text)  # many times slower, but accepts 24:00
+        from dateutil.parser import isoparse  # accepts 24:00, but is much slower, and so is its import
+
+        moment = isoparse(text)
     return int(moment.timestamp()), fraction.rstrip("0")
 
 
@@ -482,7 +483,7 @@ class KFClient(ContextManager["KFClient"]):
         body.seek(0)
         body.truncate()
         # urllib3 before 2.6 decompresses everything it has read at once, which may be a thousand times larger
-        for chunk in response.iter_content(CHUNK * 2 if encoding == "identity" else CHUNK // 8):
+        for chunk in response.iter_content(CHUNK if encoding == "identity" else CHUNK // 8):
             try:
                 size = body.tell() + body.write(chunk)
             except OSError as error:
