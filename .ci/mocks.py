@@ -1,5 +1,5 @@
-"""Check that programs that use kf_backend can be tested with the popular ways to mock requests: responses and
-requests-mock. Each check prints a line; the first one to fail ends the script.
+"""Check that programs that use kf_backend can be tested with two popular mocking libraries, responses and
+requests-mock. Each check prints a line; the first failure ends the script.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def passed(what: str) -> None:
     print(f"passed: {what}", flush=True)
 
 
-faulthandler.dump_traceback_later(60, exit=True)  # an endless retry fails, too
+faulthandler.dump_traceback_later(60, exit=True)  # so endless retries fail
 assert len(DUE) == 3000
 
 with responses.RequestsMock() as mock:
@@ -66,7 +66,7 @@ with responses.RequestsMock() as mock:
     mock.get(OUTAGES, **LOGIN_PAGE)
     assert "(6 attempts)" in str(failure())
     assert len(mock.calls) == 6
-    passed("responses: an answer that is always broken ends in KFError after six requests")
+    passed("responses: a response that is always broken raises KFError after six requests")
 
 with requests_mock.Mocker() as mock:
     mock.get(OUTAGES, json=ALL)
@@ -80,4 +80,4 @@ with requests_mock.Mocker() as mock:
     mock.get(OUTAGES, text=LOGIN_PAGE["body"])
     assert "(6 attempts)" in str(failure())
     assert mock.call_count == 6
-    passed("requests-mock: an answer that is always broken ends in KFError after six requests")
+    passed("requests-mock: a response that is always broken raises KFError after six requests")
