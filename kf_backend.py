@@ -14,10 +14,10 @@
 environment variables:
   KF_API_KEY     API key (required)
   KF_BASE_URL    API base URL, if --base-url is not given
-  HTTPS_PROXY, ALL_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    handled as usual
+  HTTPS_PROXY, ALL_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE    used by requests
 exit codes:
-  0  sent (with --dry-run: printed)    1  not sent; safe to rerun
-  2  usage error; no request was made  3  unknown; it may have been applied
+  0  sent, or printed (--dry-run)      1  not sent; safe to rerun
+  2  usage error; no request was made  3  unknown; may have been applied
   130, 143, 129  interrupted by SIGINT, SIGTERM, SIGHUP
 """
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and hasattr(signal, "pthread_sigmask"):  # not available on Windows
-    # Hold these signals (except any inherited as ignored, as with nohup) until main() can report the outcome.
+    # Hold these signals (except any already ignored, as under nohup) until main() can report the outcome.
     _stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, [stop for stop in _stops if signal.getsignal(stop) != signal.SIG_IGN])
 
@@ -44,6 +44,7 @@ import os
 import random
 import re
 import select
+import shutil
 import sys
 import tempfile
 import threading
@@ -64,17 +65,17 @@ from urllib3.util import Retry, parse_url
 __version__ = "2.0.0"
 BASE_URL = "https://api.krakenflex.systems/interview-tests-mock-api/v1"
 SITE = "norwich-pear-tree"
-SINCE = "2022-01-01T00:00:00.000Z"  # outages that began exactly then are reported, too
+SINCE = "2022-01-01T00:00:00.000Z"  # outages that began exactly then are included
 TIMEOUT = 30.0  # seconds without data before an attempt is abandoned
-DEADLINE = 600.0  # seconds for the whole run: a server that sends a byte now and then never reaches TIMEOUT
+DEADLINE = 600.0  # seconds for the whole run: a server that trickles data never triggers TIMEOUT
 RETRIES = 5  # attempts after the first; unless the API sends Retry-After, the waits total at most 30 seconds
-BACKOFF, BACKOFF_MAX = 1.0, 15.0  # first and longest wait in seconds; it doubles on each retry, less up to 50 % jitter
+BACKOFF, BACKOFF_MAX = 1.0, 15.0  # first and longest wait in seconds; waits double on each retry, less up to 50% jitter
 RETRY_AFTER_MAX = 60.0  # the longest Retry-After to honor, in seconds
 CHUNK = 64 * 1024  # bytes read at a time: small enough for the decoded outages to fit in the CPU cache
 MEMORY_MAX = 2 * 1024 * 1024  # bytes of a response kept in memory; a larger response goes to a temporary file
 BODY_MAX = 1024 * 1024 * 1024  # maximum size of a response, in bytes
 OUTAGE_MAX = 1024 * 1024  # maximum length of an outage (usually about 130), and of a POST or error response
-RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # from the API or its gateway: taken to mean not applied
+RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # from the API or its gateway; the request counts as not applied
 ADVICE: dict[int, tuple[str, ...]] = {  # by status: what to do, and the arguments to check
     **dict.fromkeys(range(300, 400), ("redirects are not followed; check the base URL", "base_url")),
     **dict.fromkeys((408, 425, *RETRY_STATUSES, *range(520, 530)), ("try again later",)),
@@ -89,14 +90,14 @@ log.addHandler(logging.NullHandler())  # silent unless the application configure
 
 
 # JSON types used by the API. Times are RFC 3339 (`2022-01-01T00:00:00.000Z`).
-class SiteOutage(TypedDict):  # sent by `POST /site-outages/{siteId}`; in `GET /outages` they have no name
+class SiteOutage(TypedDict):  # sent by `POST /site-outages/{siteId}`; outages from `GET /outages` have no name
     id: str  # the device's ID
     name: str  # its display name (`Battery 1`)
     begin: str
     end: str
 
 
-class SiteInfo(TypedDict):  # the response of `GET /site-info/{siteId}`
+class SiteInfo(TypedDict):  # the response to `GET /site-info/{siteId}`
     id: str
     name: str
     devices: list[dict[str, str]]  # each with its id and display name
@@ -108,10 +109,10 @@ secrets: set[str] = set()  # the API keys in use
 
 def safe(text: str, limit: int = 500) -> str:
     """Return `text` as one line of at most `limit` characters, without API keys or control characters."""
-    for key in sorted(secrets, key=len, reverse=True):  # one may begin like another
+    for key in sorted(secrets, key=len, reverse=True):  # one may start with another
         for form in (key, repr(key)[1:-1], json.dumps(key)[1:-1], quote(key, safe="", errors="replace")):
             text = text.replace(form, "[key]") if len(key) >= 8 else text  # shorter keys may occur in words
-    joiners = "\u200c\u200d"  # not printable, but many scripts need them
+    joiners = "\u200c\u200d"  # not printable, but many languages need them
     text = "".join(c if c.isprintable() or c in joiners else "?" for c in " ".join(text.split()))
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -211,7 +212,7 @@ def parse_time(text: str) -> Instant:
     try:
         moment = dt.datetime.fromisoformat(f"{day}T{clock}{'+00:00' if offset in 'Zz' else offset}")
     except ValueError:
-        from dateutil.parser import isoparse  # accepts 24:00, but is much slower, and so is its import
+        from dateutil.parser import isoparse  # accepts 24:00, but is much slower, as is its import
 
         moment = isoparse(text)
     return int(moment.timestamp()), fraction.rstrip("0")
@@ -230,7 +231,7 @@ def parse_since(date: Date) -> Instant:
 
 
 def whole_objects(text: str) -> int:
-    """Return the index just after the last complete object in `text`, the rest of an array, or 0 if there is none."""
+    """Return the index just after the last complete object in `text` (the rest of an array), or 0 if there is none."""
     decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
     end = position = 0
     with contextlib.suppress(ValueError):  # the text ends or is invalid
@@ -241,7 +242,7 @@ def whole_objects(text: str) -> int:
 
 
 def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
-    """Yield the items of a JSON array (RFC 8259) in lists that add up to `json.loads` of the whole body, wherever the
+    """Yield the items of a JSON array (RFC 8259) in lists that together equal `json.loads` of the whole body, wherever
     chunks are split. Raise ValueError or RecursionError as `json.loads` does, or KFError for an item over `OUTAGE_MAX`.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
@@ -266,11 +267,11 @@ def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
 
 
 def device_names(site_info: SiteInfo) -> dict[str, str]:
-    """Return a dict of device IDs to names, in the site's order; raise KFError unless each has exactly one."""
+    """Return each device's name by its ID, in the site's order; raise KFError unless each has exactly one."""
     names: dict[str, str] = {}
     for row, device in enumerate(site_info["devices"], 1):
         if not isinstance(device, dict) or not all(isinstance(device.get(field), str) for field in ("id", "name")):
-            raise KFError(f"GET /site-info: device {row} has no id or no name")
+            raise KFError(f"GET /site-info: device {row} has no id or name")
         if names.setdefault(device["id"], device["name"]) != device["name"]:
             raise KFError(f"GET /site-info: device {row} is listed twice with different names")
     return names
@@ -278,7 +279,7 @@ def device_names(site_info: SiteInfo) -> dict[str, str]:
 
 def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: Instant) -> Iterator[SiteOutage]:
     """Yield the outages of the devices in `names` that began at or after `since`, unchanged except that the device's
-    name is added. Raise KFError if any outage has no string ID, or one of theirs has a time that is not RFC 3339.
+    name is added. Raise KFError if an outage has no string ID, or if one of these devices' has a time not in RFC 3339.
     """
     for row, outage in enumerate(outages, 1):
         try:
@@ -290,7 +291,7 @@ def site_outages_of(outages: Iterable[Any], names: Mapping[str, str], since: Ins
             begin = parse_time(outage[(field := "begin")])
             parse_time(outage[(field := "end")])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            held = safe(json.dumps(outage[field]), 100) if isinstance(outage, dict) and field in outage else "nothing"
+            held = safe(json.dumps(outage[field]), 100) if isinstance(outage, dict) and field in outage else "missing"
             raise KFError(f"GET /outages: outage {row} has an invalid {field}: {held}") from error
         if begin >= since:
             yield cast(SiteOutage, {**outage, "name": names[device]})
@@ -305,7 +306,7 @@ def api_error(body: bytes) -> str | None:
 
 # Client
 class _Retry(Retry):
-    """urllib3's Retry, but to wait it calls `wait(self, seconds in Retry-After)` (RFC 9110 section 10.2.3)."""
+    """urllib3's Retry, but it waits by calling `wait(self, seconds in Retry-After)` (RFC 9110 section 10.2.3)."""
 
     RETRY_AFTER_STATUS_CODES = frozenset()  # otherwise urllib3 would also retry a 413
     wait: Callable[[Retry, float], None]
@@ -335,14 +336,14 @@ class KFClient(ContextManager["KFClient"]):
     """A client for the KrakenFlex API. Not thread-safe. Use it as a context manager to close its session.
 
     base_url: must be https (http is allowed only for localhost). api_key: sent as `x-api-key`.
-    timeout: seconds without data before an attempt is abandoned; sending the whole list must also take no longer.
+    timeout: seconds without data before an attempt is abandoned; also the time limit for sending the list.
     backoff: seconds before the first retry. dry_run: do everything except the POST.
     session: the `requests.Session`.
-    site_info: the response of `GET /site-info/{siteId}`.
+    site_info: the response to `GET /site-info/{siteId}`.
     outages_read: the number of outages received from the API.
     sent: whether the API has the list: False (no), True (accepted), None (it may or may not have been applied).
     lock: held while `sent` is set to None; holding it keeps the list from being sent.
-    on_progress: called during `GET /outages` with bytes received and expected (None if unknown); at the end, equal.
+    on_progress: called during `GET /outages` with bytes received and expected (None if unknown); equal at the end.
     """
 
     def __init__(
@@ -353,7 +354,7 @@ class KFClient(ContextManager["KFClient"]):
         self.sent: bool | None = False
         self.on_progress: Callable[[int, int | None], object] = lambda received, expected: None
         self.session, self.lock, self.outages_read = requests.Session(), threading.Lock(), 0
-        # Each request uses a new connection: a reused one may be stale, or hold a response to no request of ours.
+        # Each request uses a new connection: a reused one may be stale, or hold an unsolicited response.
         self.session.headers.update({"Accept": "application/json", "Accept-Encoding": "gzip", "Connection": "close"})
         self.session.headers.update({"x-api-key": clean_key(api_key), "User-Agent": f"kf_backend/{__version__}"})
         # A redirect would forward the key and make the POST a GET; `allow_redirects=False` would still read its body.
@@ -418,9 +419,9 @@ class KFClient(ContextManager["KFClient"]):
         try:
             body = json.dumps(site_outages, allow_nan=False).encode()
         except ValueError as error:  # NaN in a field that is passed through
-            raise KFError(f"GET /outages: an outage of the site is not valid JSON ({error})") from error
+            raise KFError(f"GET /outages: a site outage is not valid JSON ({error})") from error
         if not self.dry_run:
-            answer, problem = io.BytesIO(), "got 200 with a response that is not JSON"
+            answer, problem = io.BytesIO(), "got 200 with a non-JSON response"
             self._request("POST", f"site-outages/{path_segment(site)}", answer, data=body)
             with contextlib.suppress(ValueError, RecursionError):
                 message = api_error(answer.getvalue()) if answer.getvalue().strip() else None
@@ -439,7 +440,7 @@ class KFClient(ContextManager["KFClient"]):
         headers = {"Content-Type": "application/json"} if method == "POST" else None
         while True:
             self._doing, self._attempt, reply = f"{method} /{path}", len(retry.history) + 1, None
-            self._gets.max_retries = retry  # requests accepts it nowhere else
+            self._gets.max_retries = retry  # requests accepts it only here
             self.session.close()
             with self.lock:
                 self.sent = None if method == "POST" else False
@@ -482,7 +483,7 @@ class KFClient(ContextManager["KFClient"]):
         first, last, limit = b"", b"", {b"[]": BODY_MAX, b"{}": MEMORY_MAX}.get(ends, OUTAGE_MAX)
         body.seek(0)
         body.truncate()
-        # urllib3 before 2.6 decompresses everything it has read at once, which may be a thousand times larger
+        # urllib3 before 2.6 decompresses each read in one go, which may expand it a thousandfold
         for chunk in response.iter_content(CHUNK if encoding == "identity" else CHUNK // 8):
             try:
                 size = body.tell() + body.write(chunk)
@@ -507,7 +508,7 @@ class KFClient(ContextManager["KFClient"]):
         phrase, advice = responses.get(status, ""), ADVICE.get(status, ("",))
         problem = f"got {status} {phrase}".rstrip() + (f' ("{message}")' if message and message != phrase else "")
         if status in RETRY_STATUSES and self._retry.get_retry_after(response.raw) > RETRY_AFTER_MAX:
-            advice = (f"try again after the delay the API requests (Retry-After: {safe(str(wait), 100)})",)
+            advice = (f"try again after the requested delay (Retry-After: {safe(str(wait), 100)})",)
         error = self._error(problem, *advice, status=status, message=message)
         error.outcome = "The list was not accepted" if posting and self.sent is False else error.outcome
         return error
@@ -543,7 +544,7 @@ def report(site_info: SiteInfo, site_outages: list[SiteOutage], since: int, colu
         begin, end = parse_time(outage["begin"])[0], parse_time(outage["end"])[0]
         spans.setdefault(outage["id"], []).append((begin, end if end > begin else begin))
     last = max((end for mine in spans.values() for _, end in mine), default=since)
-    days = (min(max(at // 86_400, -719_162), 2_932_896) for at in (since, last))  # of the years 1 to 9999
+    days = (min(max(at // 86_400, -719_162), 2_932_896) for at in (since, last))  # within the years 1 to 9999
     first_day, last_day = (str(dt.date(1970, 1, 1) + dt.timedelta(day)) for day in days)
     room = max(min(max((width(names[device]) for device in spans), default=0), columns // 3), 6)
     cells = max(columns - room - 23, 0)
@@ -572,7 +573,7 @@ def report(site_info: SiteInfo, site_outages: list[SiteOutage], since: int, colu
 @contextlib.contextmanager
 def demo_api() -> Iterator[str]:
     """Serve sample outages on 127.0.0.1 and yield the base URL. The first GET and the first POST fail with 500."""
-    import socketserver  # only here, since these take a while to import
+    import socketserver  # imported here because they load slowly
     from http.server import BaseHTTPRequestHandler
 
     ids = [f"{number * 2654435761 % 2**32:08x}" for number in range(98)]  # the first eight are the site's
@@ -614,20 +615,13 @@ FLAGS = {"api_key": "KF_API_KEY", "base_url": "--base-url or KF_BASE_URL", "site
 
 
 def write(text: str, stream: TextIO | None) -> None:
-    """Print and flush `text`. Ignore a closed pipe (`| head`), and any failure to write to a stream but stdout."""
+    """Print and flush `text`. Ignore a closed pipe (`| head`), and any failure to write to stderr."""
     try:
         print(text, file=stream or io.StringIO(), end="", flush=True)  # None if it was closed at startup
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)  # else it fails again on exit
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise
-
-
-def columns_of(stream: TextIO | None) -> int:
-    """Return the width of the terminal that `stream` writes to; 80 if there is none, or its width is unknown."""
-    with contextlib.suppress(OSError, ValueError):
-        return max(os.get_terminal_size(stream.fileno() if stream else -1).columns or 80, 20)
-    return 80
 
 
 class Screen(logging.Handler):
@@ -645,8 +639,8 @@ class Screen(logging.Handler):
         wanted = self.erase and time.monotonic() >= self.due and log.isEnabledFor(logging.WARNING)
         if self.drawn if received == expected else wanted:
             self.due, self.drawn = time.monotonic() + 0.2, received != expected
-            total = f" of {expected / 1e6:.1f} MB ({100 * received // expected} %)" if expected else " MB"
-            line = f"Downloading outages: {received / 1e6:.1f}{total}"[: columns_of(sys.stderr) - 1]
+            total = f" of {expected / 1e6:.1f} MB ({100 * received // expected}%)" if expected else " MB"
+            line = f"Downloading outages: {received / 1e6:.1f}{total}"[: shutil.get_terminal_size().columns - 1]
             write(self.erase + (line if self.drawn else ""), sys.stderr)
 
 
@@ -663,15 +657,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser("kf_backend.py", "%(prog)s [options]", __doc__, formatter_class=style, allow_abbrev=False)
     add, volume, target = parser.add_argument, *(parser.add_mutually_exclusive_group().add_argument for _ in range(2))
     add("--site", default=SITE, help="site ID (default: %(default)s)")
-    since = "ignore outages that began before this ISO 8601 date or time (UTC if no offset; default: %(default)s)"
+    since = "drop outages that began before this ISO 8601 date or time (UTC if it has no offset; default: %(default)s)"
     add("--since", metavar="DATE", default=SINCE, help=since)
     target("--base-url", metavar="URL", help=f"API base URL; must be https, or http to localhost (default: {BASE_URL})")
     add("--dry-run", action="store_true", help="send nothing; print the JSON that would be sent")
     target("--demo", action="store_true", help="use a mock API on this machine; needs no API key or network")
-    add("--timeout", type=float, default=TIMEOUT, help="seconds to wait for data or to send all (default: %(default)g)")
-    add("--deadline", type=float, default=DEADLINE, help="seconds allowed for the whole run (default: %(default)g)")
-    volume("-v", "--verbose", action="store_true", help="also log each request")
-    volume("-q", "--quiet", action="store_true", help="print only errors")
+    seconds = functools.partial(add, metavar="SECONDS", type=float)
+    timeout = "end an attempt after this many seconds without data, or if sending takes longer (default: %(default)g)"
+    seconds("--timeout", default=TIMEOUT, help=timeout)
+    seconds("--deadline", default=DEADLINE, help="stop the whole run after this many seconds (default: %(default)g)")
+    volume("-v", "--verbose", action="store_true", help="log each request's status, duration and size")
+    volume("-q", "--quiet", action="store_true", help="print only errors (for cron)")
     add("--version", action="version", version=f"kf_backend {__version__}")
     args = parser.parse_args(argv)
     if not (0 < args.timeout <= 86_400 and 0 < args.deadline <= 86_400):
@@ -708,7 +704,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     secrets.add(api_key := os.environ.get("KF_API_KEY", "").strip())
     log.addHandler(screen)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters in a device name
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may not support a device name
     try:
         args = parse(argv)
         log.setLevel(logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING)
@@ -725,9 +721,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdict = f"Sent {share} to {safe(client.base_url)} in {time.monotonic() - start:.1f} s."
         if args.dry_run:
             write(json.dumps(site_outages, indent=2) + "\n", sys.stdout)
-            verdict, stream = f"Nothing was sent; {share} would be.", sys.stderr
+            verdict, stream = f"Dry run: {share} would be sent.", sys.stderr
         if not args.quiet:
-            table = report(client.site_info, site_outages, parse_since(args.since)[0], columns_of(stream))
+            columns = shutil.get_terminal_size().columns or 80  # 0 if unknown
+            table = report(client.site_info, site_outages, parse_since(args.since)[0], columns)
             write(f"{table}\n\n{verdict}\n", stream)
         return 0
     except KFError as error:
