@@ -266,7 +266,8 @@ class TestCase(unittest.TestCase):
         self.opened.enter_context(mock.patch.multiple(logging.getLogger(), handlers=[self.logged], level=logging.DEBUG))
 
     def tearDown(self) -> None:
-        self.assertNotIn(KEY, "\n".join(record.getMessage() for record in self.logged.buffer))
+        told = "\n".join(record.getMessage() for record in self.logged.buffer)
+        self.assertEqual(re.findall(rf"{re.escape(KEY)}|retrying in (?:[1-9]|0\.[1-9])", told), [])  # nor a real wait
 
     @contextlib.contextmanager
     def subTest(self, *case: Any, **values: Any) -> Iterator[None]:
@@ -828,8 +829,8 @@ class ServerTests(TestCase):
             waits = [call[0][0] for call in sleep.call_args_list]
             self.assertTrue(all(most / 2 <= wait <= most for wait, most in zip(waits, (1, 2, 4, 8, 15))), waits)
             totals.add(sum(waits))
-        self.assertLessEqual(max(totals), 30)
-        self.assertGreater(len(totals), 10)
+        self.logged.flush()  # forget these waits: none of them was real
+        self.assertTrue(max(totals) <= 30 and len(totals) > 10, totals)
 
     def test_whatever_the_faults_a_list_is_accepted_once_or_the_error_is_true(self) -> None:
         rnd, api = random.Random(11), self.api()
@@ -1115,7 +1116,7 @@ class ReportTests(TestCase):
         self.assertEqual(self.report(many, {}, 60), f"{head}\nNo outages: 9 devices")
         self.assertEqual(self.report(many, {}, 120), f"{head}\nNo outages: {', '.join(many.values())}")
         self.assertEqual(self.report({}, {}), head)
-        self.assertNotIn("No outages", self.report({"d": "D"}, {"d": [(0, 1)]}))
+        self.assertRegex(self.report({"d": "D" * 99}, {"d": [(0, 1)]}, 60), r"(?s)^(?!.*No outages).*\nD{19}~ +1 ")
 
     def test_no_line_is_wider_than_the_terminal_and_columns_are_aligned(self) -> None:
         names = {"b1": "B" * 200, "b2": "电池" * 60, "b3": "e\u0301\u20dd" * 90, "b4": FARSI, "b5": "🔋", "b6": ""}
@@ -1157,7 +1158,7 @@ class ReportTests(TestCase):
         for text, columns, fitted in (
             *(("abc", 3, "abc  "), ("", 0, "     "), ("abcde", 5, "abcde"), ("abcdef", 6, "abcd~")),
             *(("电池", 4, "电池 "), ("电池电", 6, "电池~"), ("电a池a", 6, "电a~ ")),
-            *(("e\u0301a", 2, "e\u0301a   "), (FARSI, 7, FARSI[:-3] + "~")),
+            *(("e\u0301\u20dda", 2, "e\u0301\u20dda   "), (FARSI, 7, FARSI[:-3] + "~")),
         ):
             self.assertEqual((kf.width(text), kf.fit(text, 5), kf.width(kf.fit(text, 5))), (columns, fitted, 5))
 
@@ -1223,8 +1224,7 @@ class CommandLineTests(TestCase):
         self.assertEqual(options, (kf.BASE_URL, 30, False, 1))
         for columns in ("60", "80", "120"):
             code, stdout, stderr = self.run_main("-h", COLUMNS=columns)
-            self.assertEqual((code, stderr), (0, ""))
-            self.assertLessEqual(max(map(len, stdout.splitlines())), max(int(columns), 85))
+            self.assertEqual((code, stderr, max(map(len, stdout.splitlines())) <= max(int(columns), 85)), (0, "", True))
         self.assertEqual(self.run_main("--version"), (0, f"kf_backend {kf.__version__}\n", ""))
 
     def test_verbose_logs_each_request_and_quiet_only_errors(self) -> None:
