@@ -73,8 +73,9 @@ BACKOFF, BACKOFF_MAX = 1.0, 15.0  # first and longest wait in seconds; waits dou
 RETRY_AFTER_MAX = 60.0  # the longest Retry-After to honor, in seconds
 CHUNK = 64 * 1024  # bytes read at a time: small enough for the decoded outages to fit in the CPU cache
 MEMORY_MAX = 2 * 1024 * 1024  # bytes of a response kept in memory; a larger response goes to a temporary file
-BODY_MAX = 1024 * 1024 * 1024  # maximum size of a response, in bytes
-OUTAGE_MAX = 1024 * 1024  # maximum length of an outage (usually about 130), and of a POST or error response
+OUTAGES_MAX = 1024 * 1024 * 1024  # maximum size of the response to GET /outages, in bytes
+SITE_INFO_MAX = 16 * 1024 * 1024  # maximum size of the response to GET /site-info, in bytes
+OUTAGE_MAX = 1024 * 1024  # maximum length of an outage (usually about 130), and of a response to POST or an error
 RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})  # from the API or its gateway; the request counts as not applied
 ADVICE: dict[int, tuple[str, ...]] = {  # by status: what to do, and the arguments to check
     **dict.fromkeys(range(300, 400), ("redirects are not followed; check the base URL", "base_url")),
@@ -104,14 +105,14 @@ class SiteInfo(TypedDict):  # the response to `GET /site-info/{siteId}`
 
 
 # Errors and safe output
-secrets: set[str] = set()  # the API keys in use
+api_keys: set[str] = set()  # those in use, never to be shown
 
 
 def safe(text: str, limit: int = 500) -> str:
     """Return `text` as one line of at most `limit` characters, without API keys or control characters."""
-    for key in sorted(secrets, key=len, reverse=True):  # one may start with another
+    for key in sorted(api_keys, key=len, reverse=True):  # one may start with another
         for form in (key, repr(key)[1:-1], json.dumps(key)[1:-1], quote(key, safe="", errors="replace")):
-            text = text.replace(form, "[key]") if len(key) >= 8 else text  # shorter keys may occur in words
+            text = text.replace(form, "[key]") if len(key) >= 4 else text  # shorter ones occur in ordinary words
     joiners = "\u200c\u200d"  # not printable, but many languages need them
     text = "".join(c if c.isprintable() or c in joiners else "?" for c in " ".join(text.split()))
     return text if len(text) <= limit else text[:limit] + "..."
@@ -153,9 +154,10 @@ def root_cause(error: BaseException) -> tuple[str, bool]:
     short = None if getattr(chain[-1], "filename", None) else getattr(chain[-1], "strerror", None)
     text = str(short or chain[-1]) or type(chain[-1]).__name__  # includes the file name, if any
     text = re.sub(r"IncompleteRead\((.*)\)", r"response cut off (\1)", text)
-    proxy = any(isinstance(one, ProxyError) for one in chain) or (type(chain[-1]) is OSError and text[:6] == "Tunnel")
-    if isinstance(error, (InvalidURL, InvalidSchema)):  # the proxy's URL, which may contain a password
-        proxy, text = True, "invalid URL"
+    refused = type(chain[-1]) is OSError and text.startswith("Tunnel")  # by the proxy, as http.client puts it
+    proxy = refused or any(isinstance(one, ProxyError) for one in chain)
+    if isinstance(error, (InvalidURL, InvalidSchema)):  # the proxy's (ours is valid), which may contain a password
+        proxy, text = True, "invalid URL" if isinstance(error, InvalidURL) else "SOCKS needs the package PySocks"
     unconnected = proxy or any(isinstance(one, ConnectTimeoutError) for one in chain)
     return (f"proxy (HTTPS_PROXY or ALL_PROXY): {text}" if proxy else text), unconnected
 
@@ -164,7 +166,6 @@ def root_cause(error: BaseException) -> tuple[str, bool]:
 def clean_key(api_key: str) -> str:
     """Return `api_key` stripped; raise UsageError (without showing the key) if it is not a valid header value."""
     api_key = api_key.strip() if isinstance(api_key, str) else ""
-    secrets.add(api_key)
     if not re.fullmatch("[!-~]+", api_key):
         problem = "the API key contains invalid characters (only visible ASCII is allowed)"
         raise UsageError(problem if api_key else "no API key", "api_key")
@@ -175,7 +176,6 @@ def clean_base_url(base_url: str) -> str:
     """Return `base_url` as normalized by requests, without a trailing slash; raise UsageError if it is not safe."""
     try:
         url = parse_url(str(requests.Request("GET", base_url.strip()).prepare().url))
-        prepared = str(requests.Request("GET", url.url).prepare().url)  # twice, for `%2e`
         host = (url.host or "").encode("idna").decode().strip("[]")
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError("the base URL is not a valid URL", "base_url") from error
@@ -185,7 +185,7 @@ def clean_base_url(base_url: str) -> str:
         host = "localhost" if ipaddress.ip_address(host).is_loopback else host
     if url.scheme != "https" and (url.scheme, host) != ("http", "localhost"):
         raise UsageError("the base URL must use https (http is allowed only for localhost)", "base_url")
-    return prepared.rstrip("/")
+    return url.url.rstrip("/")
 
 
 def path_segment(site: str) -> str:
@@ -243,7 +243,7 @@ def whole_objects(text: str) -> int:
 
 def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
     """Yield the items of a JSON array (RFC 8259) in lists that together equal `json.loads` of the whole body, wherever
-    chunks are split. Raise ValueError or RecursionError as `json.loads` does, or KFError for an item over `OUTAGE_MAX`.
+    chunks are split. Raise ValueError or RecursionError as it does, KFError if no object ends within `OUTAGE_MAX`.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     taken = text = ""  # `taken` stands for the items already yielded; `text` is everything after them
@@ -312,7 +312,7 @@ class _Retry(Retry):
     wait: Callable[[Retry, float], None]
 
     def get_retry_after(self, response: Any) -> float:
-        with contextlib.suppress(InvalidHeader, ValueError, OverflowError):
+        with contextlib.suppress(InvalidHeader, ValueError, OverflowError, IndexError):
             return (super().get_retry_after(response) if response else None) or 0
         return 0  # malformed
 
@@ -338,8 +338,7 @@ class KFClient(ContextManager["KFClient"]):
     base_url: must be https (http is allowed only for localhost). api_key: sent as `x-api-key`.
     timeout: seconds without data before an attempt is abandoned; also the time limit for sending the list.
     backoff: seconds before the first retry. dry_run: do everything except the POST.
-    session: the `requests.Session`.
-    site_info: the response to `GET /site-info/{siteId}`.
+    session: the `requests.Session`. site_info: the response to `GET /site-info/{siteId}`.
     outages_read: the number of outages received from the API.
     sent: whether the API has the list: False (no), True (accepted), None (it may or may not have been applied).
     lock: held while `sent` is set to None; holding it keeps the list from being sent.
@@ -354,9 +353,10 @@ class KFClient(ContextManager["KFClient"]):
         self.sent: bool | None = False
         self.on_progress: Callable[[int, int | None], object] = lambda received, expected: None
         self.session, self.lock, self.outages_read = requests.Session(), threading.Lock(), 0
+        api_keys.add(api_key := clean_key(api_key))
         # Each request uses a new connection: a reused one may be stale, or hold an unsolicited response.
         self.session.headers.update({"Accept": "application/json", "Accept-Encoding": "gzip", "Connection": "close"})
-        self.session.headers.update({"x-api-key": clean_key(api_key), "User-Agent": f"kf_backend/{__version__}"})
+        self.session.headers.update({"x-api-key": api_key, "User-Agent": f"kf_backend/{__version__}"})
         # A redirect would forward the key and make the POST a GET; `allow_redirects=False` would still read its body.
         self.session.hooks["response"].append(lambda response, **kwargs: response.headers.update(Location=""))
         self.session.auth = lambda request: request  # ignore ~/.netrc
@@ -377,7 +377,9 @@ class KFClient(ContextManager["KFClient"]):
         """Report `site`'s outages that began at or after `date`, and return the list that was sent. `date` is ISO 8601
         text (UTC if it has no offset), a date in UTC or an aware datetime. Raise UsageError, OutcomeUnknown or KFError.
         """
-        path_segment(site), parse_since(date)  # raise UsageError
+        self.sent = False
+        path_segment(site)  # this and the next raise UsageError before any request
+        parse_since(date)
         outages = self._get_outages()
         site_info = self._get_site_info(site)
         site_outages = self._filter_outages(outages, site_info, date)
@@ -387,7 +389,7 @@ class KFClient(ContextManager["KFClient"]):
         """`GET /outages`: receive the whole response, and return an iterator that decodes the outages."""
         self.outages_read = 0
         lists = self._get("outages", b"[]")
-        return itertools.chain(next(lists), itertools.chain.from_iterable(lists))
+        return itertools.chain(next(lists), itertools.chain.from_iterable(lists))  # `next` makes the request
 
     def _get_site_info(self, site: str) -> SiteInfo:
         """`GET /site-info/{siteId}`."""
@@ -401,14 +403,17 @@ class KFClient(ContextManager["KFClient"]):
 
     def _get(self, path: str, ends: bytes) -> Iterator[list[Any]]:
         """GET `path`, and yield the items of an array (if `ends` is `[]`) in lists, or an object (`{}`) in a list."""
-        with tempfile.SpooledTemporaryFile(max_size=MEMORY_MAX) as body:
-            self._request("GET", path, body, ends)
-            try:
-                for items in read_array(iter(lambda: body.read(CHUNK), b"")) if ends == b"[]" else [[json.load(body)]]:
+        try:
+            with tempfile.SpooledTemporaryFile(max_size=MEMORY_MAX) as body:
+                self._request("GET", path, body, ends)
+                chunks = iter(lambda: body.read(CHUNK), b"")
+                for items in read_array(chunks) if ends == b"[]" else [[json.loads(str(body.read(), "utf-8-sig"))]]:
                     self.outages_read += len(items) if ends == b"[]" else 0
                     yield items
-            except (ValueError, RecursionError) as error:
-                raise KFError(f"GET /{path}: the response is not valid JSON ({error})") from error
+        except OSError as error:  # closing the file writes what it still buffers
+            raise KFError(f"GET /{path}: temporary file: {root_cause(error)[0]}") from error
+        except (ValueError, RecursionError) as error:
+            raise KFError(f"GET /{path}: the response is not valid JSON ({error})") from error
 
     def _filter_outages(self, outages: Iterable[Any], site_info: SiteInfo, date: Date) -> list[SiteOutage]:
         """Return the outages of the site's devices since `date`, with device names (see `site_outages_of`)."""
@@ -441,7 +446,7 @@ class KFClient(ContextManager["KFClient"]):
         while True:
             self._doing, self._attempt, reply = f"{method} /{path}", len(retry.history) + 1, None
             self._gets.max_retries = retry  # requests accepts it only here
-            self.session.close()
+            self.session.close()  # some servers keep a connection open all the same
             with self.lock:
                 self.sent = None if method == "POST" else False
             try:
@@ -453,7 +458,7 @@ class KFClient(ContextManager["KFClient"]):
                 break
             except (OSError, HTTPError, ValueError) as error:
                 problem, unconnected = root_cause(error)
-                self.sent = None if method == "POST" and not unconnected else False
+                self.sent = False if unconnected else self.sent
                 if reply is None or method == "POST":
                     raise self._error(problem, "check the network and the base URL", "base_url") from error
                 try:
@@ -466,21 +471,20 @@ class KFClient(ContextManager["KFClient"]):
 
     def _wait(self, retry: Retry, asked: float) -> None:  # a POST gets here only if it was rejected or never sent
         self.sent, self._attempt, last = False, len(retry.history) + 1, retry.history[-1]
-        seconds = max(asked, min(BACKOFF_MAX, self.backoff * 2 ** (self._attempt - 2)) * random.uniform(0.5, 1))
-        problem = f"got {last.status}" if last.error is None else safe(root_cause(last.error)[0])
-        problem += f"; retrying in {seconds:.1f} s (attempt {self._attempt} of {RETRIES + 1})"
-        log.warning("%s: %s", self._doing, problem)
-        time.sleep(seconds)
+        wait = max(asked, min(BACKOFF_MAX, self.backoff * 2 ** (self._attempt - 2)) * random.uniform(0.5, 1))
+        why = f"got {last.status}" if last.error is None else safe(root_cause(last.error)[0])
+        log.warning("%s: %s; retrying in %.1f s (attempt %d of %d)", self._doing, why, wait, self._attempt, RETRIES + 1)
+        time.sleep(wait)
         with self.lock:
             self.sent = None if last.method == "POST" else False
 
     def _receive(self, response: requests.Response, body: IO[bytes], ends: bytes = b"") -> None:
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        encoding = (response.headers.get("Content-Encoding") or "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip"):  # others, or nested ones, may expand without limit
             raise self._error(f"unexpected Content-Encoding: {encoding}")
         expected = response.raw.length_remaining if encoding == "identity" else None
         on_progress = self.on_progress if ends == b"[]" else lambda *numbers: None  # only this one takes long
-        first, last, limit = b"", b"", {b"[]": BODY_MAX, b"{}": MEMORY_MAX}.get(ends, OUTAGE_MAX)
+        first, last, limit = b"", b"", {b"[]": OUTAGES_MAX, b"{}": SITE_INFO_MAX}.get(ends, OUTAGE_MAX)
         body.seek(0)
         body.truncate()
         # urllib3 before 2.6 decompresses each read in one go, which may expand it a thousandfold
@@ -523,8 +527,6 @@ class KFClient(ContextManager["KFClient"]):
 # Report formatting
 def width(text: str) -> int:
     """Return how many terminal columns `text` takes up: two per wide character, none per combining character."""
-    if text.isascii():
-        return len(text)
     narrow = {"Mn": 0, "Me": 0, "Cf": 0}
     return sum(narrow.get(unicodedata.category(c), 1 + (unicodedata.east_asian_width(c) in "WF")) for c in text)
 
@@ -655,7 +657,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options in `argv`; exit, as argparse does, after --help, --version or a usage error."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser("kf_backend.py", "%(prog)s [options]", __doc__, formatter_class=style, allow_abbrev=False)
-    add, volume, target = parser.add_argument, *(parser.add_mutually_exclusive_group().add_argument for _ in range(2))
+    add = parser.add_argument
+    volume, target = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
     add("--site", default=SITE, help="site ID (default: %(default)s)")
     since = "drop outages that began before this ISO 8601 date or time (UTC if it has no offset; default: %(default)s)"
     add("--since", metavar="DATE", default=SINCE, help=since)
@@ -680,7 +683,7 @@ def end_early(client: KFClient, deadline: float) -> threading.Timer:
 
     def end(number: int = 0, frame: object = None) -> NoReturn:
         expired = f"stopped: the {deadline:g} s --deadline expired"
-        client.lock.acquire()  # never released: after this, no list is sent and no second message is written
+        client.lock.acquire(timeout=2)  # never released: from here on, no list is sent and main() cannot return
         outcome, code = OUTCOMES[client.sent]
         why = f"interrupted by {signal.Signals(number).name}" if number else expired
         with contextlib.suppress(OSError, ValueError):
@@ -689,7 +692,6 @@ def end_early(client: KFClient, deadline: float) -> threading.Timer:
         os._exit(128 + number if number else code)  # raising could hang on a urllib3 lock, or be swallowed
 
     timer = threading.Timer(deadline, end)
-    timer.daemon = True
     timer.start()
     if os.name == "nt":
         signal.signal(signal.SIGINT, end)
@@ -701,21 +703,21 @@ def end_early(client: KFClient, deadline: float) -> threading.Timer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: the only place that turns errors into messages and exit codes."""
     start, screen, client, stack = time.monotonic(), Screen(), None, contextlib.ExitStack()
-    secrets.add(api_key := os.environ.get("KF_API_KEY", "").strip())
+    api_keys.add(api_key := os.environ.get("KF_API_KEY", "").strip())
     log.addHandler(screen)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may not support a device name
     try:
         args = parse(argv)
         log.setLevel(logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING)
-        base_url = os.environ.get("KF_BASE_URL") or BASE_URL if args.base_url is None else args.base_url
+        base_url = args.base_url if args.base_url is not None else os.environ.get("KF_BASE_URL") or BASE_URL
         if args.demo:
             base_url, api_key = stack.enter_context(demo_api()), "demo-key"
+            log.warning("demo: mock API at %s (its first GET and first POST will fail)", base_url)
         client = stack.enter_context(KFClient(base_url, api_key, timeout=args.timeout, dry_run=args.dry_run))
         client.on_progress = screen.progress
         stack.callback(end_early(client, args.deadline).cancel)
-        if args.demo:
-            log.warning("demo: mock API at %s (its first GET and first POST will fail)", base_url)
+        stack.callback(client.lock.acquire)  # once main() returns, no signal ends it otherwise
         site_outages = client.handler(args.site.strip(), args.since)
         share, stream = f"{len(site_outages):,} of {client.outages_read:,} outages", sys.stdout
         verdict = f"Sent {share} to {safe(client.base_url)} in {time.monotonic() - start:.1f} s."

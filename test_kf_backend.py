@@ -49,7 +49,7 @@ from urllib3.exceptions import ProtocolError
 
 import kf_backend as kf
 
-SCRIPT = Path(kf.__file__)
+SCRIPT, words = Path(kf.__file__), str.split
 KEY = "s3cret-key!\\~'"
 FORMS = (KEY, repr(KEY)[1:-1], "s3cret-key%21%5C~%27")  # as it might be shown
 LETTERS = {"GET /outages": "O", f"GET /site-info/{kf.SITE}": "I", f"POST /site-outages/{kf.SITE}": "P"}
@@ -60,27 +60,22 @@ UNSIZED: dict[str, Any] = {"Content_Length": None}
 CHUNKED: dict[str, Any] = {**UNSIZED, "Transfer_Encoding": "chunked"}
 UNSENT, REFUSED = "Nothing was sent", "The list was not accepted"
 UNKNOWN = "The list may or may not have been applied; check before rerunning"
-RESET = "Connection reset by peer"
 CUT = r"response cut off \([0-9]+ bytes read, [0-9]+ more expected\)"
-DECODE = "Error -3 while decompressing data: .+"
+RESET, DECODE = "Connection reset by peer", "Error -3 while decompressing data: .+"
 #: Its third character is a joiner, which takes no column.
 FARSI = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
 #: Self-signed for 127.0.0.1, valid until 2120. Its key is only for these tests.
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
-MIIBcTCCARegAwIBAgIUAvH9xUU2k6hhgl9NMBoukCLGWk8wCgYIKoZIzj0EAwIw
-DTELMAkGA1UEAwwCa2YwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBa
-MA0xCzAJBgNVBAMMAmtmMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEkp+qvaud
-AlvwS9stU0gGIC4XiBaabFIwOEVGjoizbXDRs2ePqHnA4Pr520g4BMnOgpN/pAyK
-ADuqldL7borL66NTMFEwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQw
-HQYDVR0OBBYEFCcP/QGUxiHcDiKPHBugL1E6rrVyMA8GA1UdEQQIMAaHBH8AAAEw
-CgYIKoZIzj0EAwIDSAAwRQIgb32qhlyRuN7CrbudEmy24cDLFY/Kc0ex/x+EFq5W
-VtsCIQDAeFhvpTTU4MW191+wJsViYY/uj9fhlnuVK6PcXoUi5Q==
+MIIBcTCCARegAwIBAgIUAvH9xUU2k6hhgl9NMBoukCLGWk8wCgYIKoZIzj0EAwIwDTELMAkGA1UEAwwCa2YwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAx
+MDEwMDAwMDBaMA0xCzAJBgNVBAMMAmtmMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEkp+qvaudAlvwS9stU0gGIC4XiBaabFIwOEVGjoizbXDRs2eP
+qHnA4Pr520g4BMnOgpN/pAyKADuqldL7borL66NTMFEwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQwHQYDVR0OBBYEFCcP/QGUxiHcDiKP
+HBugL1E6rrVyMA8GA1UdEQQIMAaHBH8AAAEwCgYIKoZIzj0EAwIDSAAwRQIgb32qhlyRuN7CrbudEmy24cDLFY/Kc0ex/x+EFq5WVtsCIQDAeFhvpTTU
+4MW191+wJsViYY/uj9fhlnuVK6PcXoUi5Q==
 -----END CERTIFICATE-----
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgRC1prJNykci/ZkR1
-TsXzHhqGq+7gVSbMDKT38kFAd1yhRANCAASSn6q9q50CW/BL2y1TSAYgLheIFpps
-UjA4RUaOiLNtcNGzZ4+oecDg+vnbSDgEyc6Ck3+kDIoAO6qV0vtuisvr
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgRC1prJNykci/ZkR1TsXzHhqGq+7gVSbMDKT38kFAd1yhRANCAASSn6q9q50CW/BL2y1T
+SAYgLheIFppsUjA4RUaOiLNtcNGzZ4+oecDg+vnbSDgEyc6Ck3+kDIoAO6qV0vtuisvr
 -----END PRIVATE KEY-----
 """
 
@@ -114,10 +109,6 @@ Batterie №2        1  3 d 4 h     ...........................................#
 No outages: Battery 3
 
 """
-
-
-def words(text: str) -> list[str]:
-    return text.split()
 
 
 def dumps(value: Any) -> bytes:
@@ -362,16 +353,15 @@ class RulesTests(TestCase):
     )
 
     def test_safe_removes_keys_and_whatever_moves_the_cursor(self) -> None:
-        for key in (KEY, "got", "8letters", "7letter", "8letters+more", 'with"quote'):
-            kf.clean_key(key)
+        self.opened.enter_context(mock.patch.object(kf, "api_keys", {KEY, "got", "four", "four+more", 'with"quote'}))
         for case, given, expected in (
             *(("an escape code", "a\x1b[31mb", "a?[31mb"), ("an 8-bit one", "a\x9b31mb", "a?31mb")),
             *(("lines", " a\r\n\t b\u2028c\v", "a b c"), ("a lone surrogate", "a\ud800", "a?")),
             ("a bell, a backspace, a direction override", "a\a\b\u202eb", "a???b"),
             ("letters and a joiner", f"é 电池 {FARSI}", f"é 电池 {FARSI}"),
             *(("a long text", "x" * 501, "x" * 500 + "..."), ("one at the limit", "x" * 500, "x" * 500)),
-            ("a short key is an ordinary word", "got 8letters 7letter", "got [key] 7letter"),
-            *(("a longer key", "8letters+more", "[key]"), ("in JSON", dumps('with"quote').decode(), '"[key]"')),
+            ("a short key may be an ordinary word", "got four", "got [key]"),
+            *(("a longer key", "four+more", "[key]"), ("in JSON", dumps('with"quote').decode(), '"[key]"')),
             *((f"a key before it is cut: {key}", "x" * 494 + f" {key}\nb", "x" * 494 + " [key]...") for key in FORMS),
         ):
             self.assertEqual(kf.safe(given), expected, case)
@@ -466,7 +456,6 @@ class RulesTests(TestCase):
         kept = self.kept(iter(given))
         self.assertEqual(kept, [{**row, "name": NAMES[row["id"]]} for row in given if row["id"] in NAMES])
         self.assertEqual(repr(given), repr(before))
-        self.assertTrue(all(mine is not theirs for mine in kept for theirs in given))
 
     def test_an_invalid_id_or_time_is_reported_with_its_row_field_and_value(self) -> None:
         good = outage("b2", "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z")  # checked even if it began too early
@@ -638,7 +627,7 @@ class ServerTests(TestCase):
         with self.subTest(case, **{name: str(replies)[:60] for name, replies in script.items()}):
             api, start = self.api(**script), time.monotonic()
             said, stdout, stderr = self.run_main(KF_BASE_URL=api.url)
-            self.assertLess(time.monotonic() - start, 30)
+            self.assertLess(time.monotonic() - start, 8)
             self.assertEqual((said, api.asked, api.posted), (code, asked, [DUE] * asked.count("P")), stderr)
             lines = []
             for line, letter in LETTERS.items():
@@ -718,13 +707,13 @@ class ServerTests(TestCase):
     def test_other_forms_of_good_responses_are_read(self) -> None:
         body, mark = dumps(ALL), b"\xef\xbb\xbf"
         for case, reply in (
-            *(("a byte order mark", answer(mark + body)), ("identity", zipped(body, encoding="identity"))),
+            *((f"encoding '{name}'", zipped(body, encoding=name)) for name in ("identity", "")),
             ("white space around it", answer(b"\r\n\t " * 99 + body + b"\n \t\r" * 99)),
             ("a wrong charset", answer(body, Content_Type="text/plain; charset=latin-1")),
             *((name, zipped(gzip.compress(body), encoding=name)) for name in ("gzip", "GZip", "x-gzip")),
             ("gzip in two members", zipped(gzip.compress(body[:99]) + gzip.compress(body[99:]))),
             *(("text", answer(body, Content_Type="text/plain")), ("unsized", then_close(answer(body, **UNSIZED)))),
-            ("chunked", answer(**CHUNKED) + chunks(body, 7) + b"0\r\n\r\n"),
+            *(("a BOM", answer(mark + body)), ("chunked", answer(**CHUNKED) + chunks(body, 7) + b"0\r\n\r\n")),
             ("large, with a NaN that is dropped", answer(body[:-1] + b', {"id": "x", "a": NaN}' * 30_000 + b"]")),
             ("unsolicited answers", then_drip(answer(ALL) + answer(site_info({})) + answer({}), b"", 0.1, 1)),
         ):
@@ -758,7 +747,8 @@ class ServerTests(TestCase):
             (site_info({}, "\x1b[2Jelse"), rf"requested site '{kf.SITE}' but got '\?\[2Jelse'"),
         ):
             self.row(str(value)[:90], 1, f"^GET /site-info: {end}{unsent}", "OI", info=[answer(value)])
-        self.row("site info", 1, invalid, "OI", info=[answer(b'{"a": ' + nested + b"}")])
+        for body in (nested, b'"\xed\xa0\x80"'):
+            self.row("site info", 1, invalid, "OI", info=[answer(b'{"a": ' + body + b"}")])
         self.row("a duplicate", 0, "", "OIP", info=[answer({**SITE_INFO, "devices": [*SITE_INFO["devices"], first]})])
         for encoding in ("br", "zstd", "deflate", "gzip, gzip", "identity, gzip"):
             end = f"unexpected Content-Encoding: {encoding}{unsent}"
@@ -799,11 +789,12 @@ class ServerTests(TestCase):
         ):
             self.row(case, 0, "", "OOIPP", outages=reply[:1], post=reply[:1])
             self.row(case, 1, end, "OIP", post=reply[1:])
+        self.row("slow", 0, "", "OOIP", outages=[then_drip(answer(b"", 503, **UNSIZED), b" ", 0.1, 99)])
 
     def test_waits_grow_with_jitter_and_total_at_most_30_s_unless_retry_after_is_longer(self) -> None:
         soon, far = (formatdate(time.time() + seconds, usegmt=True) for seconds in (40, 300))
         odd = "-5|1.5|1e3|soon|NaN|5s|\u0665|2022-01-01|0|| |5 s|Sat, 99 Foo 2022|Sat, 01 Jan 99999 00:00:00 GMT"
-        odd += "|Sat, 01 Jan 2022 00:00:00 GMT|Sat, 01 Jan 99999999999 00:00:00 GMT"
+        odd += "|Sat, 01 Jan 2022 00:00:00 GMT|Sat, 01 Jan 99999999999 00:00:00 GMT|1 Jan , 2022"
         for given, shortest, longest in (
             *(("7", 7.0, 7), (" 30 ", 30, 30), ("060", 60, 60), (soon, 20, 40)),
             *((given, 0.5, 1) for given in odd.split("|")),
@@ -876,6 +867,8 @@ class ClientTests(TestCase):
             self.assertLessEqual({429, 500}, set(vars(adapter)["max_retries"].status_forcelist))
         self.assertEqual(client.handler(kf.SITE, "2022-01-01"), DUE)
         self.assertEqual((client.site_info, client.outages_read, client.sent), (SITE_INFO, 4, True))
+        self.failure(kf.UsageError, client.handler, "")
+        self.assertIs(client.sent, False)
         self.failure(kf.OutcomeUnknown, lambda: client.handler(site=kf.SITE, date=date(2022, 2, 1)))
         self.assertEqual((api.posted, client.outages_read, client.sent), ([DUE, DUE[:1]], 1, None))
         with mock.patch.object(requests.Response, "close", autospec=True, side_effect=requests.Response.close) as close:
@@ -949,7 +942,7 @@ class ClientTests(TestCase):
     def test_temporary_files_are_limited_and_deleted(self) -> None:
         large, folder = [answer(b"[" + b" " * 99_999 + dumps(ALL)[1:])], self.path("x", "").parent
         endless = then_drip(answer(b"[", **UNSIZED), b" " * kf.CHUNK)
-        self.opened.enter_context(mock.patch.multiple(kf, MEMORY_MAX=1000, BODY_MAX=200_000))
+        self.opened.enter_context(mock.patch.multiple(kf, MEMORY_MAX=1000, OUTAGES_MAX=200_000, SITE_INFO_MAX=1000))
         self.opened.enter_context(mock.patch.object(tempfile, "tempdir", str(folder)))
         self.assertEqual(self.client(self.api(outages=large).url).handler(), DUE)
         for script, text in (
@@ -959,14 +952,18 @@ class ClientTests(TestCase):
         ):
             self.assertEqual(str(self.failure(kf.KFError, self.client(self.api(**script).url).handler)), text)
         self.assertEqual(os.listdir(folder), ["x"])
-        with mock.patch.object(tempfile, "tempdir", str(folder / "nowhere")):
-            error = self.failure(kf.KFError, self.client(self.api(outages=large).url).handler)
-        self.assertRegex(str(error), r"^GET /outages: temporary file: .*No such file or directory: .*nowhere")
+        in_chunks = [answer(**CHUNKED) + chunks(b"[" + b" " * 99_999 + dumps(ALL)[1:], 999) + b"0\r\n\r\n"]
+        nowhere = mock.patch.object(tempfile, "tempdir", str(folder / "nowhere"))
+        full = mock.patch("tempfile.TemporaryFile", return_value=io.BufferedRandom(io.FileIO("/dev/full", "r+")))
+        for patch, reply, text in ((nowhere, large, "No such file .*nowhere"), (full, in_chunks, "No space left on")):
+            with patch:
+                error = self.failure(kf.KFError, self.client(self.api(outages=reply).url).handler)
+            self.assertRegex(str(error), f"^GET /outages: temporary file: .*{text}")
 
     def test_no_response_fills_memory(self) -> None:
         bomb = gzip.compress(b" " * 2**24) * 5  # 80 MiB
         rows, redirect = b",".join([dumps(outage("x"))] * 40_000), answer(status=302, Location="/", **UNSIZED)
-        self.opened.enter_context(mock.patch.multiple(kf, MEMORY_MAX=2**20, BODY_MAX=2**26))
+        self.opened.enter_context(mock.patch.multiple(kf, MEMORY_MAX=2**20, OUTAGES_MAX=2**26, SITE_INFO_MAX=2**20))
         for case, script in (
             ("a bomb", {"outages": [zipped(gzip.compress(b"[") + bomb)]}),
             ("a text bomb", {"info": [zipped(gzip.compress(b'{"id": "') + bomb)]}),
@@ -1076,6 +1073,7 @@ class ClientTests(TestCase):
             (down.replace("//", "//user:pass-word@"), refused),
             (down.replace("//", '//user:"pass-word@'), f"(invalid URL|{refused})"),
             *((f"{scheme}://user:pass-word@h:port", "invalid URL") for scheme in words("http foo socks5")),
+            ("socks5://user:pass-word@h", "SOCKS needs the package PySocks"),
         ):
             os.environ["HTTPS_PROXY"] = url
             client = self.client("https://api.invalid/v1")
@@ -1088,8 +1086,7 @@ class ClientTests(TestCase):
         denied = PermissionError(13, "Permission denied", "/a/b"), "[Errno 13] Permission denied: '/a/b'"
         for error, text in ((ValueError(), "ValueError"), (OSError(), "OSError"), denied, (wrapped, "Reset by peer")):
             self.assertEqual(kf.root_cause(error), (text, False))
-        refused = "Tunnel connection failed: 407"  # http.client's text if a proxy refuses
-        self.assertEqual(kf.root_cause(OSError(refused)), (f"proxy (HTTPS_PROXY or ALL_PROXY): {refused}", True))
+        self.assertEqual(kf.root_cause(OSError("Tunnel")), ("proxy (HTTPS_PROXY or ALL_PROXY): Tunnel", True))
 
 
 class ReportTests(TestCase):
@@ -1345,7 +1342,7 @@ class ProcessTests(TestCase):
     def test_a_signal_at_any_time_prints_one_true_line(self) -> None:
         rnd, api, outcomes = random.Random(3), self.api(), (UNKNOWN, UNSENT, "The list was sent")
         for times in (1, 2):
-            runs = [self.spawn(api.url, "-q") for _ in range(8)]
+            runs = [self.spawn(api.url, "-q") for _ in range(6)]
             for run in runs:
                 status = Path(f"/proc/{run.pid}/status")  # it has started once it blocks signals
                 while run.poll() is None and re.search("SigBlk:\\s0+\n", status.read_text()):
@@ -1395,6 +1392,7 @@ class ProcessTests(TestCase):
         lookup = "import runpy, socket, sys, time; socket.getaddrinfo = lambda *args: time.sleep(60)"
         main = "; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
         for case, code, outcome, script, start in (
+            ("nobody reads stderr", 1, "", {"outages": [then_drip(head, b"b", 0.05)]}, full.format(2)),
             ("slow headers", 1, UNSENT, {"outages": [then_drip(head, b"b", 0.05)]}, ""),
             ("a slow body", 1, UNSENT, {"info": [then_drip(endless, b" ", 0.05)]}, ""),
             ("endless 100 Continue", 1, UNSENT, {"outages": [then_drip(b"", b"HTTP/1.1 100 X\r\n\r\n", 0.05)]}, ""),
@@ -1402,7 +1400,6 @@ class ProcessTests(TestCase):
             ("a POST's slow headers", 3, UNKNOWN, {"post": [then_drip(head, b"b", 0.05)]}, ""),
             ("a slow rejection", 1, UNSENT, {"post": [then_drip(answer(b"", 403, **UNSIZED), b" ", 0.05)]}, ""),
             ("nobody reads stdout", 0, "The list was sent", {}, full.format(1)),
-            ("nobody reads stderr", 1, "", {"outages": [then_drip(head, b"b", 0.05)]}, full.format(2)),
             ("a slow host name lookup", 1, UNSENT, {}, lookup),
         ):
             argv = [sys.executable, *(["-c", start + main] if start else []), str(SCRIPT), "--deadline", "2"]
@@ -1415,18 +1412,22 @@ class ProcessTests(TestCase):
                 self.assertEqual(stderr.splitlines()[-1], expected)
 
     def test_no_list_leaves_once_the_deadline_has_said_so(self) -> None:
-        api = self.api()
-        client = self.client(api.url)
-        with mock.patch("os._exit") as ended, mock.patch("os.write"):
-            kf.end_early(client, 0.001).join(30)
-        ended.assert_called_once_with(1)
-        run = threading.Thread(target=client._post_site_outages, args=(kf.SITE, DUE))
-        run.start()
-        run.join(0.2)
-        connections = api.connections
-        client.lock.release()  # as only this test does
-        run.join(30)
-        self.assertEqual((connections, api.posted), (0, [DUE]))
+        """Neither at first nor after a wait: `end` keeps the lock. (Here, it then does not end the process.)"""
+        for post, before in (([], 0), ([no(503)], 1)):
+            api = self.api(post=post)
+            client = self.client(api.url)
+            run = threading.Thread(target=client._post_site_outages, args=(kf.SITE, DUE))
+            end = mock.Mock(side_effect=lambda *args, client=client: kf.end_early(client, 0.001).join(30))
+            with mock.patch("os._exit") as ended, mock.patch("os.write"), mock.patch("time.sleep", end):
+                if not before:
+                    end()
+                run.start()
+                while not ended.called:
+                    run.join(0.01)
+                run.join(0.2)
+            self.addCleanup(run.join, 30)
+            self.addCleanup(client.lock.release)
+            self.assertEqual((api.connections, ended.call_args), (before, mock.call(1)))
 
     def test_the_library_is_silent_and_its_import_does_nothing(self) -> None:
         api = self.api(outages=[no(500)], post=[no(500)])
@@ -1493,7 +1494,6 @@ class ReadmeTests(TestCase):
         self.assertEqual(listed, words(SCRIPT.with_name("requirements.txt").read_text("utf-8")))
         self.assertEqual([re.split("[<>=]", one)[0] for one in listed], words("requests urllib3 python-dateutil"))
         self.assertIn('requires-python = ">=3.8"', block)
-        self.assertTrue(os.access(SCRIPT, os.X_OK))
 
 
 if __name__ == "__main__":
