@@ -687,7 +687,7 @@ def end_early(client: KFClient, deadline: float) -> threading.Timer:
         outcome, code = OUTCOMES[client.sent]
         why = f"interrupted by {signal.Signals(number).name}" if number else expired
         with contextlib.suppress(OSError, ValueError):
-            if sys.stderr and (os.name == "nt" or select.select([], [2], [], 0.5)[1]):  # do not block if nobody reads it
+            if sys.stderr and (os.name == "nt" or select.select([], [2], [], 0.5)[1]):  # do not block if it is full
                 os.write(2, f"{chr(13) * sys.stderr.isatty()}kf_backend: {why}. {outcome}\n".encode())
         os._exit(128 + number if number else code)  # raising could hang on a urllib3 lock, or be swallowed
 
