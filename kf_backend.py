@@ -222,16 +222,16 @@ def parse_since(date: Date) -> Instant:
     """Return the instant of an aware datetime, or of an ISO 8601 calendar date or time (UTC if it has no offset)."""
     if isinstance(date, dt.datetime) and date.utcoffset() is None:
         raise UsageError("the datetime has no time zone; pass an aware datetime", "date")
-    with contextlib.suppress(ValueError, OverflowError, StopIteration):
+    with contextlib.suppress(ValueError, OverflowError):
         text = str(date.astimezone(dt.timezone.utc) if isinstance(date, dt.datetime) else date).strip()
         text = re.sub("^([0-9]{4})([0-9]{2})([0-9]{2})$", r"\1-\2-\3", text)  # 20220601
         text = re.sub("([Tt ][0-9]{2}:[0-9]{2})(?!:)", r"\1:00", text)  # 2022-06-01T12:00
-        return parse_time(next(text + end for end in ("T00:00:00Z", "Z", "") if RFC_3339(text + end)))
+        return parse_time(next((text + end for end in ("T00:00:00Z", "Z") if RFC_3339(text + end)), text))
     raise UsageError(f"'{safe(str(date), 50)}' is not an ISO 8601 date or time (for example, 2022-06-01)", "date")
 
 
 def whole_objects(text: str) -> int:
-    """Return the index just after the last complete object in `text` (the rest of an array), or 0 if there is none."""
+    """Return the index just after the last complete object in `text` (the start of an array), or 0 if there is none."""
     decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\n\r]*[\[,][ \t\n\r]*")
     end = position = 0
     with contextlib.suppress(ValueError):  # the text ends or is invalid
@@ -246,24 +246,23 @@ def read_array(chunks: Iterable[bytes]) -> Iterator[list[Any]]:
     chunks are split. Raise ValueError or RecursionError as it does, KFError if no object ends within `OUTAGE_MAX`.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    taken = text = ""  # `taken` stands for the items already yielded; `text` is everything after them
+    text, yielded = "", 0  # once items were yielded, one `{}` stands for all of them
     for chunk in chunks:
         new = decode(chunk)
         text += new
         if "}" in new:
             end = text.rfind("}") + 1  # unless this completes an array, the brace is inside an item or a string
             try:
-                items = json.loads(taken + text[:end] + "]")
+                items = json.loads(text[:end] + "]")
             except json.JSONDecodeError:
                 end = whole_objects(text)
-                items = json.loads(taken + text[:end] + "]") if end else []
-            if end:
-                yield items[1:] if taken else items
-                taken, text = "[{}", text[end:]
+                items = json.loads(text[:end] + "]") if end else []
+            if len(items) > yielded:
+                yield items[yielded:]
+                text, yielded = "[{}" + text[end:], 1
         if len(text) > OUTAGE_MAX:
             raise KFError(f"GET /outages: an outage longer than {OUTAGE_MAX:,} characters")
-    items = json.loads(taken + text + decode(b"", True))
-    yield items[1:] if taken else items
+    yield json.loads(text + decode(b"", True))[yielded:]
 
 
 def device_names(site_info: SiteInfo) -> dict[str, str]:
@@ -503,16 +502,16 @@ class KFClient(ContextManager["KFClient"]):
         on_progress(body.tell(), body.tell())
 
     def _rejection(self, response: requests.Response) -> KFError:
-        status, wait, body, message = response.status_code, response.headers.get("Retry-After"), io.BytesIO(), None
-        posting = self.sent is None
+        status, posting, message = response.status_code, self.sent is None, None
         self.sent = None if posting and not (300 <= status < 500 or status in RETRY_STATUSES) else False
         with contextlib.suppress(OSError, HTTPError, ValueError, RecursionError, KFError):
-            self._receive(response, body)
+            self._receive(response, body := io.BytesIO())
             message = api_error(body.getvalue())
         phrase, advice = responses.get(status, ""), ADVICE.get(status, ("",))
         problem = f"got {status} {phrase}".rstrip() + (f' ("{message}")' if message and message != phrase else "")
         if status in RETRY_STATUSES and self._retry.get_retry_after(response.raw) > RETRY_AFTER_MAX:
-            advice = (f"try again after the requested delay (Retry-After: {safe(str(wait), 100)})",)
+            wait = safe(response.headers["Retry-After"], 100)
+            advice = (f"try again after the requested delay (Retry-After: {wait})",)
         error = self._error(problem, *advice, status=status, message=message)
         error.outcome = "The list was not accepted" if posting and self.sent is False else error.outcome
         return error
@@ -648,8 +647,8 @@ class Screen(logging.Handler):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^(unrecognized arguments)(: --?[a-z-]+)?.*", r"\1\2", message)  # the rest may be the API key
-        log.error("%s (see --help)", safe(message))
+        shown = r"(unrecognized arguments(?:: --[a-z-]+(?![^= ]))?|ignored explicit argument).*"
+        log.error("%s (see --help)", re.sub(shown, r"\1", safe(message)))  # the rest may be an API key
         raise SystemExit(2)
 
 
@@ -669,7 +668,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     timeout = "end an attempt after this many seconds without data, or if sending takes longer (default: %(default)g)"
     seconds("--timeout", default=TIMEOUT, help=timeout)
     seconds("--deadline", default=DEADLINE, help="stop the whole run after this many seconds (default: %(default)g)")
-    volume("-v", "--verbose", action="store_true", help="log each request's status, duration and size")
+    volume("-v", "--verbose", action="store_true", help="log each request's duration (with retries) and size")
     volume("-q", "--quiet", action="store_true", help="print only errors (for cron)")
     add("--version", action="version", version=f"kf_backend {__version__}")
     args = parser.parse_args(argv)
@@ -692,6 +691,7 @@ def end_early(client: KFClient, deadline: float) -> threading.Timer:
         os._exit(128 + number if number else code)  # raising could hang on a urllib3 lock, or be swallowed
 
     timer = threading.Timer(deadline, end)
+    timer.daemon = True
     timer.start()
     if os.name == "nt":
         signal.signal(signal.SIGINT, end)
