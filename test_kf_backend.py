@@ -1470,7 +1470,7 @@ class ReadmeTests(TestCase):
         plain = self.README.replace("`", "").lower()
         lines = re.findall(r"(?m)^  (-(?!-version|h).+?)  +(.+)$", options)
         self.assertEqual([line for line in lines if "| {} | {}".format(*line).lower() not in plain], [])
-        self.assertEqual((len(lines), about[:31]), (9, "usage: kf_backend.py [options]\n"))
+        self.assertEqual((len(lines), about[:31], "\n2. GET" in about), (9, "usage: kf_backend.py [options]\n", True))
         self.assertEqual(self.README.count(f" {kf.MEMORY_MAX / 2**20:g} MiB"), 2)
         names = words("KF_API_KEY KF_BASE_URL HTTPS_PROXY ALL_PROXY NO_PROXY REQUESTS_CA_BUNDLE")
         for name in (kf.SITE, kf.SINCE, kf.BASE_URL, *names):
