@@ -1205,7 +1205,7 @@ class CommandLineTests(TestCase):
         for argv, kept in (
             ("--since=2022-02-01 --base-url URL", 1),
             ("--base-url=URL/ --since 2021-01-01T00:00+01:00", 3),
-            (f"-q --deadline 60 --site {kf.SITE} --base-url URL", 2),
+            (f"-q --deadline 86400 --timeout 86400 --site {kf.SITE} --base-url URL", 2),
         ):
             said = self.run_main(*words(argv.replace("URL", api.url)), KF_BASE_URL="https://api.invalid")
             self.assertEqual((said[0], len(api.posted[-1]), said[2], said[1] == ""), (0, kept, "", "-q" in argv))
