@@ -49,10 +49,10 @@ import sys
 import tempfile
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.client import responses
 from typing import IO, Any, ContextManager, NoReturn, TextIO, Tuple, TypedDict, Union, cast
+from unicodedata import category, east_asian_width
 from urllib.parse import quote
 
 import requests
@@ -526,8 +526,8 @@ class KFClient(ContextManager["KFClient"]):
 # Report formatting
 def width(text: str) -> int:
     """Return how many terminal columns `text` takes up: two per wide character, none per combining character."""
-    narrow = {"Mn": 0, "Me": 0, "Cf": 0}
-    return sum(narrow.get(unicodedata.category(c), 1 + (unicodedata.east_asian_width(c) in "WF")) for c in text)
+    none = {"Mn": 0, "Me": 0, "Cf": 0}
+    return len(text) if text.isascii() else sum(none.get(category(c), 1 + (east_asian_width(c) in "WF")) for c in text)
 
 
 def fit(text: str, columns: int) -> str:
