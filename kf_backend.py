@@ -717,7 +717,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         client = stack.enter_context(KFClient(base_url, api_key, timeout=args.timeout, dry_run=args.dry_run))
         client.on_progress = screen.progress
         stack.callback(end_early(client, args.deadline).cancel)
-        stack.callback(client.lock.acquire)  # once main() returns, no signal ends it otherwise
+        stack.callback(client.lock.acquire)  # main() does not return while a signal ends the run
         site_outages = client.handler(args.site.strip(), args.since)
         share, stream = f"{len(site_outages):,} of {client.outages_read:,} outages", sys.stdout
         verdict = f"Sent {share} to {safe(client.base_url)} in {time.monotonic() - start:.1f} s."
