@@ -415,9 +415,9 @@ def select(
     for row, outage in enumerate(outages, 1):
         field = "id"
         try:
-            name = names.get(outage["id"])
-            if name is None:
-                if isinstance(outage["id"], str):
+            device_id = outage["id"]
+            if device_id not in names:
+                if isinstance(device_id, str):
                     continue
                 raise TypeError
             field = "begin"
@@ -432,7 +432,7 @@ def select(
             continue
         if end < begin:
             log.warning(f"GET /outages: outage {row} ends before it begins")
-        yield {**outage, "name": name}
+        yield {**outage, "name": names[device_id]}
 
 
 def read_array(file: IO[bytes]) -> Iterator[list[Any]]:
