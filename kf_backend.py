@@ -91,7 +91,7 @@ GATEWAY_STATUSES = frozenset({502, 504})
 #: How many times a request is retried. The waits are about 0, 2, 4, 8 and 16 seconds.
 RETRIES = 5
 
-#: The unit of these waits, in seconds, and the most that is added to each at random.
+#: The unit of these waits, in seconds, and the most that is added to them at random.
 BACKOFF = 1.0
 
 #: The longest wait that the API can ask for in Retry-After, in seconds.
@@ -239,7 +239,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def never_connected(error: BaseException) -> bool:
-    """Return whether nothing was sent, because no connection was made.
+    """Return whether this attempt sent nothing, because no connection was made.
 
     Refused connections and unknown hosts are kinds of ConnectTimeoutError to urllib3.
     """
@@ -446,15 +446,15 @@ def read_array(file: IO[bytes]) -> Iterator[list[Any]]:
 
         [{"id": "a"}, {"id": "b"}, {"i
 
-    Up to its last brace, this lacks only a `]` to be an array, so that `json.loads` can
-    decode the two items at once. What follows the brace is kept for the next batch,
+    Up to its last closing brace, this lacks only a `]` to be an array, so `json.loads`
+    can decode two items at once. What follows the brace is kept for the next batch,
     with `[0 ` before it, where 0 stands for the items that have been yielded:
 
         [0 , {"id": "c"}, {"id": "d"}]
 
     Hence, `text` always begins like an array, and `json.loads` finds whatever is wrong
-    between two batches, too. If it fails because the last brace is inside an item, the
-    next piece is added before it tries again.
+    between two batches, too. If it fails because that brace is inside an item, the next
+    piece is added before it tries again.
     """
     text = ""
     skipped = 0  # how many items of `text` to leave out: none at first, then the 0
@@ -524,10 +524,10 @@ class APIRetry(Retry):
         sleep(wait)
 
 
-def is_interrupted(error: BaseException | None) -> bool:
+def is_response_lost(error: BaseException | None) -> bool:
     """Return whether `error` means that a response was lost or is incomplete."""
     if not isinstance(error, RequestException):
-        return False  # The response has another status than 200, or the disk is full.
+        return False  # another status than 200, a response too long, a full disk
     if isinstance(error, (SSLError, ValueError)):
         return False  # The certificate is not trusted, or a proxy's URL is invalid.
     return not never_connected(error)
@@ -550,7 +550,7 @@ def pieces_of(response: Response) -> Iterator[bytes]:
 
 
 def beginning_of(response: Response) -> bytes:
-    """Return the body of a response, or if it is long, a little more than READ_SIZE."""
+    """Return the body of a response, or if it is longer than READ_SIZE, part of it."""
     body = b""
     for piece in pieces_of(response):
         body += piece
@@ -577,7 +577,7 @@ class KFClient(ContextManager["KFClient"]):
     outcome: what happened to the list: NOT_REPORTED, UNKNOWN or REPORTED.
     outages_received: the number of outages that the API has sent.
     site_info: the response to `GET /site-info/{siteId}`, or None.
-    site_outages: the list that is sent to the API.
+    site_outages: the list that is sent to the API (empty in a dry run).
     """
 
     def __init__(
@@ -716,7 +716,9 @@ class KFClient(ContextManager["KFClient"]):
             except KFError as error:
                 with suppress(OSError):  # on a full disk
                     body.close()
-                if download == DOWNLOAD_ATTEMPTS or not is_interrupted(error.__cause__):
+                if download == DOWNLOAD_ATTEMPTS or not is_response_lost(
+                    error.__cause__
+                ):
                     raise
                 download += 1
                 log.warning(f"{error}; download {download} of {DOWNLOAD_ATTEMPTS}")
@@ -742,6 +744,7 @@ class KFClient(ContextManager["KFClient"]):
                 next_message += PROGRESS
                 log.info(f"{response.url}: {size / 1e6:.1f} MB received")
         if first + last != ends:
+            # For the caller, this is a response that broke off.
             raise ContentDecodingError("incomplete, or not JSON")
 
     @contextmanager
@@ -780,7 +783,8 @@ class KFClient(ContextManager["KFClient"]):
     def _rejection(self, request: str, response: Response) -> KFError:
         """Return the error for a response whose status is not 200."""
         status = response.status_code
-        # 4xx, 429, 500 and 503: the API refused the request, and did not apply a POST.
+        # 4xx, 500 and 503: the API says that it refused the request. (502 and 504 come
+        # from a gateway.)
         if 400 <= status < 500 or status in RETRY_STATUSES - GATEWAY_STATUSES:
             self.outcome = NOT_REPORTED
         said = str(response.reason).encode()
@@ -990,7 +994,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="send nothing; print the JSON that would be sent",
+        help="do not send the list; print it as JSON",
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
