@@ -361,12 +361,10 @@ def parse_since(date: Date) -> datetime:
     """
     match = ISO_8601.fullmatch(str(date).strip())
     if match:
-        year, _, month, day, clock, seconds, offset = match.groups()
-        text = (
-            f"{year}-{month}-{day}T{clock or '00:00'}{seconds or ':00'}{offset or 'Z'}"
-        )
+        year, _, month, day, clock, second, offset = match.groups()
+        time = f"{clock or '00:00'}{second or ':00'}{offset or 'Z'}"
         with suppress(ValueError):  # such as February 30
-            return parse_time(text)
+            return parse_time(f"{year}-{month}-{day}T{time}")
     raise UsageError(
         f"expected an ISO 8601 date or time like 2022-06-01, but got {str(date)!a:.50}"
     )
@@ -868,7 +866,8 @@ def report(
         last = max(last, span[1])
 
     names = device_names(site_info)
-    name_width = min(max(map(len, ["Device", *names.values()])), columns // 3)
+    longest = max(map(len, ["Device", *names.values()]))
+    name_width = min(longest, columns // 3)
     width = max(columns - name_width - 25, 1)  # 25 for the columns between the two
     title = f"{site_info['name']} ({site_info['id']}): outages since {since.date()}"
     heading = f"{'Device':{name_width}}  Outages      Downtime"
@@ -976,7 +975,7 @@ def seconds(text: str) -> float:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the options in `argv`.
 
-    After --help, --version or a usage error, exit as argparse does.
+    After --help or a usage error, exit as argparse does.
     """
     about, heading, details = (__doc__ or "").partition("environment variables:")
     parser = argparse.ArgumentParser(

@@ -121,6 +121,9 @@ UjA4RUaOiLNtcNGzZ4+oecDg+vnbSDgEyc6Ck3+kDIoAO6qV0vtuisvr
 -----END PRIVATE KEY-----
 """
 
+#: /dev/full is a device that is always full. macOS and Windows have nothing like it.
+needs_full_device = unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+
 # A server that can misbehave
 
 Reply = Union[bytes, "Callable[[socket.socket], None]"]
@@ -1154,9 +1157,8 @@ class DownloadTests(TestCase):
             message = rf"^{GET_SITE_INFO}: not valid JSON \(.+\)$"
             self.assert_refused(message, GET_SITE_INFO, response(body))
 
-    @unittest.skipUnless(
-        hasattr(sys, "get_int_max_str_digits"), "has no limit on digits"
-    )
+    # Python has this limit since 3.8.14, 3.9.14, 3.10.7 and 3.11.
+    @unittest.skipUnless(hasattr(sys, "get_int_max_str_digits"), "has no such limit")
     def test_a_number_with_thousands_of_digits_is_refused(self) -> None:
         reply = response(b'[{"id": "x", "n": ' + b"1" * 5000 + b"}]")
         self.assert_refused("not valid JSON", GET_OUTAGES, reply)
@@ -1210,7 +1212,7 @@ class DownloadTests(TestCase):
 
     LARGE = response(b"[" + b" " * 99_999 + json.dumps(OUTAGES).encode()[1:])
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    @needs_full_device
     def test_a_full_disk_is_a_failed_download(self) -> None:
         self.patch(MEMORY_MAX=1000)
         with open("/dev/full", "w+b") as full:
@@ -1896,6 +1898,7 @@ class CommandLineTests(TestCase):
         self.assertEqual(ended, [(0, "", "")])
 
 
+# Windows has no signals that one process can send to another, and no SIGALRM.
 @unittest.skipUnless(IS_UNIX, "needs Unix signals and timers")
 class ProcessTests(TestCase):
     """The script, run as a separate process."""
@@ -2058,7 +2061,7 @@ class ProcessTests(TestCase):
         self.assertEqual(first.wait(20), 0)
         self.assertEqual(other.wait(20), 1)
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    @needs_full_device
     def test_closed_and_full_streams_do_not_stop_a_run(self) -> None:
         reader, closed = os.pipe()
         os.close(reader)
@@ -2101,6 +2104,7 @@ class ProcessTests(TestCase):
             try:
                 terminal, device = pty.openpty()
             except OSError:
+                # Some containers are run without /dev/ptmx.
                 self.skipTest("has no terminals")
             self.addCleanup(os.close, terminal)
             size = struct.pack("HHHH", 24, 100, 0, 0)
