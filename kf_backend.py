@@ -88,20 +88,21 @@ RETRY_STATUSES = frozenset({429, 500, 502, 503, 504})
 #: behind it, which may have applied the POST.
 GATEWAY_STATUSES = frozenset({502, 504})
 
-#: How many times a request is retried. The waits are about 0, 2, 4, 8 and 16 seconds.
+#: How many times a request is retried. The waits are 0, 2, 4, 8 and 16 seconds, and up
+#: to a second more at random (except for the first).
 RETRIES = 5
 
-#: The unit of these waits, in seconds, and the most that is added to them at random.
+#: The unit of these waits, in seconds. It is also the most that is added at random.
 BACKOFF = 1.0
 
 #: The longest wait that the API can ask for in Retry-After, in seconds.
 RETRY_AFTER_MAX = 60.0
 
-#: How many times a response is downloaded at most, if it keeps breaking off.
+#: The maximum number of downloads, if a response keeps breaking off.
 DOWNLOAD_ATTEMPTS = 3
 
-#: How many bytes to read at a time. (An eighth of it if they are compressed: they may
-#: expand a thousandfold.) A prime number, so that the pieces do not all end at
+#: How many bytes to read at a time. (Of a compressed response, only an eighth as many:
+#: they may expand a thousandfold.) A prime number, so that the pieces do not all end at
 #: the same place in an outage.
 READ_SIZE = 65_521
 
@@ -115,7 +116,7 @@ MEMORY_MAX = 2**21  # 2 MiB
 BODY_MAX = 2**30  # 1 GiB
 
 #: The most text to decode at once, in characters: a batch of outages (about 130 each).
-#: Also the most bytes of the information about a site (about 70 per device).
+#: Also the maximum size of a site's information, in bytes (about 70 per device).
 TEXT_MAX = 2**23  # 8 MiB
 
 #: What to say about a rejected request, by status. By default, check the base URL.
@@ -407,8 +408,8 @@ def select(
     """Yield the outages of the devices in `names` that began at `since` or later.
 
     `names` maps each device's ID to its name, which is added to the outage. Raise
-    KFError if any outage has no text as its ID, or if an outage of one of these devices
-    has an invalid time. In outages of other devices, nothing else is checked.
+    KFError if any outage's ID is missing or not text, or if an outage of one of these
+    devices has an invalid time. In outages of other devices, nothing else is checked.
     """
     for row, outage in enumerate(outages, 1):
         field = "id"
@@ -548,7 +549,7 @@ def pieces_of(response: Response) -> Iterator[bytes]:
 
 
 def beginning_of(response: Response) -> bytes:
-    """Return the body of a response, or if it is longer than READ_SIZE, part of it."""
+    """Return the body of a response, or its beginning if it is over READ_SIZE."""
     body = b""
     for piece in pieces_of(response):
         body += piece
@@ -599,8 +600,8 @@ class KFClient(ContextManager["KFClient"]):
         retry = APIRetry(
             RETRIES,
             allowed_methods=None,  # all
-            # A request whose response was lost may have been applied. Behind a proxy,
-            # urllib3 counts this as `other`; False and 0 both mean: not even once.
+            # If a response is lost, the request may have been applied. (Behind a proxy,
+            # urllib3 counts a lost response as `other`.)
             read=False,
             other=0,
             status_forcelist=RETRY_STATUSES,
@@ -1062,7 +1063,7 @@ def show(text: str, stream: Any) -> None:
 
 
 def drop_unwritten_messages() -> None:
-    """Drop what could not be written to stderr, or Python would fail when it exits."""
+    """Drop what could not be written to stderr, so that Python can exit normally."""
     with suppress(OSError):
         show("", sys.stderr)
 
@@ -1178,7 +1179,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     Apart from argparse, signals and the deadline, only this turns errors into exit
-    codes.
+    codes. A bug keeps its traceback, but not once the list may have been sent: then it
+    matters more to say what happened to the list.
     """
     args = parse_arguments(argv)
     log_level = logging.INFO
