@@ -72,7 +72,7 @@ def named(outage, name):
     return {**outage, "name": name}
 
 
-#: The last one begins exactly at the default date, the one above a millisecond earlier.
+#: The last begins exactly at the default date, the one before it a millisecond earlier.
 OUTAGES = [
     outage("b2", "2022-03-01T00:00:00.000Z", "2022-03-04T04:00:00.000Z"),
     outage("elsewhere", "not", "checked"),
@@ -119,7 +119,7 @@ UjA4RUaOiLNtcNGzZ4+oecDg+vnbSDgEyc6Ck3+kDIoAO6qV0vtuisvr
 -----END PRIVATE KEY-----
 """
 
-#: Windows cannot send signals to a process, and has no SIGALRM.
+#: Windows has no SIGALRM, and its signals work differently.
 needs_unix = unittest.skipUnless(hasattr(signal, "SIGALRM"), "needs Unix signals")
 
 #: /dev/full is a device that is always full. macOS and Windows have nothing like it.
@@ -153,12 +153,12 @@ def reset(sock):
     """Reply with a reset rather than an orderly close."""
     linger = struct.pack("ii", 1, 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    # sock.close() would only take effect once the server closes its files, too.
+    # sock.close() would wait until the server closes the files it has made of it.
     socket.close(sock.detach())
 
 
 def stall(start=b""):
-    """Return a reply that sends only `start`, and waits until the client hangs up."""
+    """Return a reply that sends only `start` and waits until the client hangs up."""
 
     def reply(sock):
         sock.sendall(start)
@@ -168,7 +168,7 @@ def stall(start=b""):
 
 
 def endless(start, rest=b" " * 65536, pause=0.0):
-    """Return a reply that sends `start`, and then `rest` until the client hangs up."""
+    """Return a reply that sends `start` and then `rest` until the client hangs up."""
 
     def reply(sock):
         sock.sendall(start)
@@ -223,7 +223,7 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class API(socketserver.ThreadingTCPServer):
-    """A mock of the KrakenFlex API. It refuses connections until a test starts it."""
+    """A mock of the KrakenFlex API. It refuses connections until it is started."""
 
     request_queue_size = 50
     daemon_threads = True
@@ -252,7 +252,7 @@ class API(socketserver.ThreadingTCPServer):
         return sock, address
 
     def queue(self, line, *replies):
-        """Forget previous requests, and give these replies to `line` first."""
+        """Forget what was queued and received. Give these replies to `line` first."""
         self.received.clear()
         self.queued = {line: list(replies)}
 
@@ -288,12 +288,12 @@ class TestCase(unittest.TestCase):
     def setUp(self):
         """Start an API, and keep the caller's environment out."""
         # If a test hangs, stop and show where.
-        faulthandler.dump_traceback_later(50, exit=True)
+        faulthandler.dump_traceback_later(50, exit=True, file=2)
         self.addCleanup(faulthandler.cancel_dump_traceback_later)
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
         self.use(mock.patch.dict(os.environ))
-        ours = "(?i)^KF_|_PROXY$|NETRC|COLUMNS|CA_BUNDLE|UNBUFFERED"
+        ours = "(?i)^KF_|_PROXY$|NETRC|COLUMNS|CA_BUNDLE|COLOR|UNBUFFERED"
         for name in list(os.environ):
             if re.search(ours, name):
                 del os.environ[name]
@@ -359,16 +359,21 @@ class TestCase(unittest.TestCase):
         self.assertEqual(self.api.posted[-1], SITE_OUTAGES)
 
     def assert_not_reported(self, message, line=GET_OUTAGES, *replies):
-        """Assert that a run ends with "no outages were reported", and this message."""
+        """Assert that after these replies to `line`, no outages were reported.
+
+        The error has this message.
+        """
         self.api.queue(line, *replies)
-        error = self.error(self.client().handler)
+        client = self.client()
+        error = self.error(client.handler)
         self.assertRegex(str(error), message)
         self.assertIs(error.outcome, kf.NOT_REPORTED)
+        self.assertIs(client.outcome, kf.NOT_REPORTED)
 
     def assert_unknown(self, message, *replies, **options):
         """Assert that after these replies to the POST, the outcome is unknown.
 
-        The error has this message and the list, and the POST is not sent again.
+        The error has this message and the list. Each reply was asked for once.
         """
         self.api.queue(POST_SITE_OUTAGES, *replies)
         client = self.client(**options)
@@ -642,10 +647,10 @@ class SelectTests(TestCase):
             with self.assertRaisesRegex(kf.KFError, "outage 2 has an invalid id: "):
                 self.select(outage("x"), given)
 
-    def test_the_error_for_an_invalid_time_has_its_row_field_and_value(self):
+    def test_the_error_for_an_invalid_time_has_the_row_the_field_and_the_outage(self):
         for field in ("begin", "end"):
             for value in (None, 10, ["a"], {"a": 1}, "2022-01-01"):
-                # Checked even if it began too early.
+                # Both times are checked, even if it began too early.
                 bad = outage("b1", "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z")
                 bad[field] = value
                 error = self.error(self.select, outage("b2"), bad)
@@ -668,7 +673,7 @@ class SelectTests(TestCase):
 
 
 class ReadArrayTests(TestCase):
-    """`read_array` agrees with `json.loads`, however a body is cut into pieces."""
+    """`read_array` agrees with `json.loads`, however a body is split into pieces."""
 
     VALID = (
         "[]",
@@ -741,7 +746,7 @@ class ReadArrayTests(TestCase):
         return items
 
     def assert_like_json(self, body):
-        """Assert that read_array agrees with json.loads, for every size of a piece."""
+        """Assert that read_array agrees with json.loads, for every piece size."""
         try:
             expected = json.loads(body.decode("utf-8-sig"))
         except ValueError:
@@ -754,10 +759,12 @@ class ReadArrayTests(TestCase):
 
     def test_they_agree_on_valid_arrays(self):
         for text in self.VALID:
+            self.assertNotEqual(self.read(text.encode()), "refused")
             self.assert_like_json(text.encode())
 
     def test_they_agree_on_invalid_arrays(self):
         for text in self.INVALID:
+            self.assertEqual(self.read(text.encode()), "refused")
             self.assert_like_json(text.encode())
 
     def test_they_agree_on_arrays_that_are_cut_off(self):
@@ -801,7 +808,6 @@ class ReadArrayTests(TestCase):
         self.patch(TEXT_MAX=500_000)
         for body in (
             b'[{"id": "' + b"}" * 600_000,
-            b"[1" + b",1" * 300_000,
             b'[{"id": [' + b"{}," * 200_000,
             b'[{"a":{},"b":' + b"[" * 500 + b"[]" * 300_000,
         ):
@@ -859,7 +865,8 @@ class RetryTests(TestCase):
         for _ in range(10):
             waits = self.waits()
             totals.add(sum(waits))
-            for wait, shortest in zip(waits, (0, 2, 4, 8, 16)):
+            self.assertEqual(waits.pop(0), 0)
+            for wait, shortest in zip(waits, (2, 4, 8, 16)):
                 self.assertGreaterEqual(wait, shortest)
                 self.assertLessEqual(wait, shortest + 1)
         self.assertGreater(len(totals), 5)
@@ -871,7 +878,7 @@ class RetryTests(TestCase):
             (formatdate(time.time() + 40, usegmt=True), 40),
         ):
             third = self.waits(Retry_After=retry_after)[2]
-            self.assertAlmostEqual(third, seconds, delta=5)
+            self.assertAlmostEqual(third, seconds, delta=2)
 
     def test_a_short_or_malformed_retry_after_is_ignored(self):
         for retry_after in (
@@ -906,10 +913,10 @@ class RetryTests(TestCase):
     def test_a_connection_that_fails_is_tried_again(self):
         self.api = self.use(API())
 
-        def wait(seconds):
+        def start_api(seconds):
             self.start(self.api)
 
-        with mock.patch.object(kf, "sleep", wait):
+        with mock.patch.object(kf, "sleep", start_api):
             self.client()._post_site_outages(kf.SITE, SITE_OUTAGES)
         self.assertEqual(self.api.posted, [SITE_OUTAGES])
 
@@ -918,7 +925,7 @@ class RetryTests(TestCase):
         client = self.client()
         with self.assertLogs("kf_backend") as logs:
             error = self.error(client._post_site_outages, kf.SITE, SITE_OUTAGES)
-        self.assertRegex(str(error), f"^{POST_SITE_OUTAGES}: .Errno .*refused$")
+        self.assertRegex(str(error), f"^{POST_SITE_OUTAGES}: .* refused")
         self.assertIs(client.outcome, kf.NOT_REPORTED)
         self.assertEqual(len(logs.output), 5)
 
@@ -1044,10 +1051,6 @@ class DownloadTests(TestCase):
         self.assert_repeated(b"HTTP/1.1 200 OK\r\nContent-Le")
         self.assert_repeated(b"\x16\x03\x01\x02garbage\r\n\r\n")
 
-    def test_a_get_is_repeated_if_its_headers_are_too_long(self):
-        self.assert_repeated(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200)
-        self.assert_repeated(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 70_000)
-
     def test_a_get_is_repeated_if_its_body_is_cut_off(self):
         self.assert_repeated(response(OUTAGES)[:-3])
         self.assert_repeated(response(OUTAGES, Content_Length=None)[:-1])
@@ -1060,7 +1063,7 @@ class DownloadTests(TestCase):
         self.assert_repeated(whole[:-9])
         self.assert_repeated(whole[:-5] + b"xyz\r\n")
 
-    def test_a_get_is_repeated_if_its_body_is_not_gzip_as_stated(self):
+    def test_a_get_is_repeated_if_its_body_is_not_really_gzip(self):
         body = gzip.compress(OUTAGES_BODY)
         corrupt = body[:40] + b"\xff" * 9 + body[49:]
         for broken in (body[:50], corrupt, b"[not gzip]"):
@@ -1079,17 +1082,21 @@ class DownloadTests(TestCase):
         ):
             self.assert_repeated(response(body))
 
-    def test_a_get_is_repeated_if_an_object_or_a_list_is_not_what_is_due(self):
+    def test_a_get_is_repeated_if_it_gets_an_object_for_a_list_or_vice_versa(self):
         self.assert_repeated(response(SITE_INFO))
         self.assert_repeated(response(OUTAGES), GET_SITE_INFO)
 
     def test_the_third_broken_response_ends_the_run(self):
-        broken = response(OUTAGES)[:-3]
+        broken = [response(OUTAGES)[:-3]] * 3
         with self.assertLogs("kf_backend") as logs:
             message = r"^GET /outages: IncompleteRead\("
-            self.assert_not_reported(message, GET_OUTAGES, broken, broken, broken)
+            self.assert_not_reported(message, GET_OUTAGES, *broken)
         self.assertEqual(self.api.request_lines, [GET_OUTAGES] * 3)
         self.assertRegex(logs.output[1], "3 more expected.*; download 3 of 3$")
+
+    def test_the_third_web_page_ends_the_run(self):
+        pages = [response(b"<!DOCTYPE html>")] * 3
+        self.assert_not_reported("incomplete, or not JSON$", GET_OUTAGES, *pages)
 
     def test_unusual_but_valid_bodies_are_accepted(self):
         blanks = b"\r\n\t " * 99_999
@@ -1206,23 +1213,24 @@ class DownloadTests(TestCase):
     def test_a_compressed_response_does_not_fill_memory(self):
         self.patch(BODY_MAX=2**23)
         bomb = gzip.compress(b" " * 2**22) * 16
-        for line, status in (
-            (GET_OUTAGES, 200),
-            (GET_SITE_INFO, 200),
-            (POST_SITE_OUTAGES, 403),
+        for message, line, status in (
+            ("longer than", GET_OUTAGES, 200),
+            ("longer than", GET_SITE_INFO, 200),
+            ("got 403", POST_SITE_OUTAGES, 403),
         ):
-            self.api.queue(line, response(bomb, status, Content_Encoding="gzip"))
-            self.assert_needs_little_memory(self.error, self.client().handler)
+            call = self.assert_not_reported
+            reply = response(bomb, status, Content_Encoding="gzip")
+            self.assert_needs_little_memory(call, message, line, reply)
 
     def test_the_body_of_a_redirect_does_not_fill_memory(self):
-        redirect = response(status=302, Location="/", Content_Length=None)
-        self.api.queue(GET_OUTAGES, endless(redirect))
-        self.assert_needs_little_memory(self.error, self.client().handler)
+        call = self.assert_not_reported
+        redirect = endless(response(status=302, Location="/", Content_Length=None))
+        self.assert_needs_little_memory(call, "got 302", GET_OUTAGES, redirect)
 
     def test_outages_of_other_sites_do_not_fill_memory(self):
         body = b"[" + b'{"id": "x"}, ' * 200_000 + OUTAGES_BODY[1:]
-        self.api.queue(GET_OUTAGES, response(body))
-        self.assert_needs_little_memory(self.client().handler)
+        call = self.assert_reported
+        self.assert_needs_little_memory(call, GET_OUTAGES, response(body))
 
 
 class PostTests(TestCase):
@@ -1239,6 +1247,7 @@ class PostTests(TestCase):
             chunked(b"{" + b" " * 99 + b"}"),
         ):
             self.assert_reported(POST_SITE_OUTAGES, reply)
+            self.assertEqual(self.api.request_lines, HEALTHY)
 
     def test_a_200_with_any_other_body_leaves_the_outcome_unknown(self):
         for body, said in (
@@ -1263,7 +1272,7 @@ class PostTests(TestCase):
         self.assert_unknown(message, busy, b"")
 
     def test_the_outcome_is_unknown_after_a_reset(self):
-        self.assert_unknown(r"\[Errno .*\] Connection reset by peer", reset)
+        self.assert_unknown(r"\[.*Err(no|or) \d+\] .+", reset)
 
     def test_the_outcome_is_unknown_if_no_answer_comes_in_time(self):
         self.assert_unknown("timed out", stall(), timeout=0.5)
@@ -1279,7 +1288,7 @@ class PostTests(TestCase):
         self.assert_unknown("IncompleteRead.*", response(b"", Content_Length="2"))
         self.assert_unknown(".+", chunked(b"{}")[:-5])
 
-    def test_the_outcome_is_unknown_if_the_answer_is_not_gzip_as_stated(self):
+    def test_the_outcome_is_unknown_if_the_answer_is_not_really_gzip(self):
         reply = response(b"no", Content_Encoding="gzip")
         self.assert_unknown("Error -3.*", reply)
 
@@ -1287,7 +1296,7 @@ class PostTests(TestCase):
         reply = endless(response(b"no", Content_Length=None))
         self.assert_unknown(r"got 200 \(no\)", reply)
 
-    def test_each_request_has_a_connection_of_its_own(self):
+    def test_each_request_uses_its_own_connection(self):
         """On a reused connection, an answer may already be waiting."""
         too_much = response(OUTAGES) + response({}) * 2
         self.assert_reported(GET_OUTAGES, stall(too_much))
@@ -1322,7 +1331,7 @@ class ClientTests(TestCase):
         self.api.healthy["POST /site-outages/a%2Fb"] = response({})
         self.assertEqual(self.client().handler("a/b"), SITE_OUTAGES)
 
-    def test_attributes_tell_what_the_last_run_did(self):
+    def test_attributes_describe_the_last_run(self):
         client = self.client()
         client.handler()
         client.handler()
@@ -1351,7 +1360,7 @@ class ClientTests(TestCase):
                 self.assertEqual(client.handler(), expected)
 
     def test_a_long_download_is_logged(self):
-        self.patch(PROGRESS=0)
+        self.patch(PROGRESS=-1)
         with self.assertLogs("kf_backend") as logs:
             self.client().handler()
         message = f"INFO:kf_backend:{self.api.url}/outages: 0.0 MB received"
@@ -1438,11 +1447,11 @@ class NetworkTests(TestCase):
 
     def test_a_corrupt_tls_record_never_causes_a_second_post(self):
         def corrupt(sock):
-            os.write(sock.fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+            socket.socket.sendall(sock, b"\x17\x03\x03\x00\x20" + bytes(32))
             sock.recv(1)
 
         self.use_tls()
-        self.assert_unknown(".+", corrupt)
+        self.assert_unknown(r".*\[SSL.+", corrupt)
 
     def test_netrc_adds_no_credentials(self):
         login = "default login user password word\n"
@@ -1456,7 +1465,7 @@ class NetworkTests(TestCase):
         os.environ.update(HTTP_PROXY=url, HTTPS_PROXY=url, ALL_PROXY=url)
 
     def use_tunnel(self):
-        """Return a client that uses a proxy. `self.api` is the proxy and the API."""
+        """Return a client that uses a proxy. `self.api` plays both proxy and API."""
         self.use_proxy(self.api.url)
         self.use_tls()
         tls = self.api.tls
@@ -1502,7 +1511,7 @@ class NetworkTests(TestCase):
     def test_a_proxy_failure_is_reported_without_the_proxys_password(self):
         down = self.use(API()).url.replace("//", "//user:pass-word@")
         for url, message in (
-            (down, r": proxy: \[Errno .*refused$"),
+            (down, ": proxy: .* refused"),
             ("http://user:pass-word@h:port", ": proxy: invalid URL$"),
         ):
             self.use_proxy(url)
@@ -1515,7 +1524,7 @@ class ReportTests(TestCase):
     SINCE = TimeTests.NEW_YEAR
 
     def spans(self, days):
-        """Return a device's outages, given like "0-1 5-9.5", in days since SINCE."""
+        """Turn "0-1 5-9.5", in days since SINCE, into the outages of a device."""
         spans = []
         for span in days.split():
             begin, end = span.split("-")
@@ -1590,21 +1599,14 @@ class ReportTests(TestCase):
             self.assertLessEqual(max(map(len, lines)), columns)
 
     def test_a_narrower_terminal_loses_the_dates_and_then_the_timeline(self):
-        heading, row = self.report(54)[2:]
-        self.assertEqual(heading, "Device     Outages      Downtime")
+        heading, row = self.report(50, "D")[2:]
+        self.assertEqual(heading, "Device  Outages      Downtime")
         self.assertRegex(row, r"  \.+#$")
-        self.assertNotIn("#", self.report(32)[3])
+        self.assertNotIn("#", self.report(28, "D")[3])
 
     def test_names_are_made_printable_and_cut(self):
         lines = self.report(60, "\x1b[31m\n" + "x" * 40)
         self.assertRegex(lines[3], r"^\?\[31m x{14}  ")
-
-    def test_the_first_and_last_possible_years(self):
-        outages = [outage("b1", "0001-01-02T00:00:00Z", "9999-12-31T23:59:59-23:00")]
-        since = kf.parse_since("0001-01-01T00:00+05:00")
-        text = kf.report(SITE_INFO, outages, since, 80)
-        self.assertIn(": outages since 0001-01-01\n", text)
-        self.assertIn(" 9999-12-31\n", text)
 
 
 class DemoTests(TestCase):
@@ -1613,8 +1615,7 @@ class DemoTests(TestCase):
         with mock.patch("threading.Thread.start", side_effect=no_thread):
             ended = self.run_main("--demo")
         problem = "--demo cannot start the thread that it needs"
-        self.assertEqual(ended.code, 1)
-        self.assertIn(f"kf_backend: {problem}. {NOT_REPORTED}.\n", ended.stderr)
+        self.assertEqual(ended, (1, "", f"kf_backend: {problem}. {NOT_REPORTED}.\n"))
 
 
 def with_placeholders(text):
@@ -1674,7 +1675,7 @@ class CommandLineTests(TestCase):
             ended = self.run_main(option)
             self.assertEqual(with_placeholders(ended.stderr), expected)
 
-    def test_since_reaches_the_api(self):
+    def test_since_selects_what_is_sent(self):
         for since, count in (
             ("2022-02-01", 1),
             ("2021-01-01T00:00+01:00", 3),
@@ -1690,13 +1691,12 @@ class CommandLineTests(TestCase):
         ended = self.run_main("--base-url", f" {self.api.url}/\r\n")
         self.assertEqual(ended.code, 0)
 
-    def test_defaults_and_the_timeout_reach_the_client(self):
+    def test_the_default_base_url_and_the_timeout_reach_the_client(self):
         del os.environ["KF_BASE_URL"]
-        for option, timeout in (("-q", 30), ("--timeout=7", 7)):
-            error = kf.KFError("no")
-            with mock.patch.object(kf, "KFClient", side_effect=error) as made:
-                self.run_main(option)
-            made.assert_called_with(kf.BASE_URL, KEY, timeout=timeout, dry_run=False)
+        error = kf.KFError("no")
+        with mock.patch.object(kf, "KFClient", side_effect=error) as made:
+            self.run_main("--timeout=7")
+        made.assert_called_with(kf.BASE_URL, KEY, timeout=7, dry_run=False)
 
     def assert_usage_error(self, message, *argv):
         """Assert that these options end in this message, before any request."""
@@ -1707,21 +1707,18 @@ class CommandLineTests(TestCase):
         self.assertEqual(self.api.request_lines, [])
 
     def test_a_number_of_seconds_is_positive_and_at_most_a_day(self):
+        self.assertEqual(kf.seconds("86400"), 86_400)
         for number in ("0", "-1", "nan", "inf", "86401"):
             for option in ("--timeout", "--deadline"):
                 message = f"argument {option}: must be more than 0 and at most 86400$"
                 self.assert_usage_error(message, f"{option}={number}")
-
-    def test_a_day_is_accepted(self):
-        ended = self.run_main("--timeout=86400", "--deadline=86400")
-        self.assertEqual(ended.code, 0)
 
     def test_wrong_options_are_usage_errors(self):
         self.assert_usage_error("invalid seconds value: 'x'$", "--timeout", "x")
         self.assert_usage_error("--since: expected one argument$", "--since")
         self.assert_usage_error("unrecognized arguments: --nothing$", "--nothing")
         self.assert_usage_error("not allowed with", "--demo", "--base-url=https://h")
-        self.assert_usage_error("--demo has only the site", "--demo", "--site=x")
+        self.assert_usage_error(f"only the site {kf.SITE}$", "--demo", "--site=x")
 
     def test_invalid_values_are_usage_errors(self):
         for message, option in (
@@ -1810,7 +1807,7 @@ environment variables:
             threads.submit(run).result(20)
 
     @needs_unix
-    def test_main_restores_what_it_changes(self):
+    def test_main_restores_signals_and_log_handlers(self):
         def state():
             return (
                 kf.log.handlers[:],
@@ -1863,7 +1860,7 @@ class ProcessTests(TestCase):
     def assert_killed(self, number, line, start, sentence):
         """Assert that a signal during this request kills the process.
 
-        By then, the API has sent `start`. The process prints one line, with `sentence`.
+        By then, the API has sent `start`. The process prints one line with `sentence`.
         """
         self.serve(line, stall(start))
         process = self.spawn()
@@ -1882,17 +1879,20 @@ class ProcessTests(TestCase):
         self.assert_killed(signal.SIGHUP, POST_SITE_OUTAGES, b"", UNKNOWN)
         self.assert_killed(signal.SIGTERM, POST_SITE_OUTAGES, cut, UNKNOWN)
 
-    def test_a_signal_at_any_time_prints_at_most_one_line(self):
+    def test_a_signal_at_any_time_prints_at_most_one_true_line(self):
         rnd = random.Random(3)
-        processes = [self.spawn("-q") for _ in range(8)]
-        for process in processes:
-            time.sleep(rnd.random() / 4)
+        for _ in range(6):
+            self.serve()
+            process = self.spawn("-q")
+            self.wait_for(GET_OUTAGES)
+            time.sleep(rnd.random() / 20)
             process.send_signal(signal.SIGTERM)
-        for process in processes:
             ended = self.end(process)
             self.assertIn(ended.code, (0, -signal.SIGTERM))
             line = r"^(kf_backend: interrupted by SIGTERM\. .+\.\n)?$"
             self.assertRegex(ended.stderr, line)
+            if self.api.posted:
+                self.assertNotIn(NOT_REPORTED, ended.stderr)
 
     def test_a_signal_that_is_ignored_stays_ignored(self):
         def ignore():
@@ -1952,11 +1952,13 @@ class ProcessTests(TestCase):
     def test_the_deadline_holds_if_nobody_reads_what_is_written(self):
         pipe = self.full_pipe()
         # This one has sent the list when its report blocks.
-        sent = self.spawn("--deadline=0.7", stdout=pipe)
+        sent = self.spawn("--deadline=1.5", stdout=pipe)
         # This one blocks while it says that the deadline has passed.
         self.serve(GET_OUTAGES, stall())
         stuck = self.spawn("--deadline=0.2", stderr=pipe)
-        self.assertEqual(sent.wait(20), 0)
+        why = "the --deadline of 1.5 s has passed"
+        expected = (0, None, f"kf_backend: {why}. The list was accepted.\n")
+        self.assertEqual(self.end(sent), expected)
         self.assertEqual(stuck.wait(20), 1)
 
     def assert_ends(self, code, message, stdout, *argv):
@@ -1994,7 +1996,7 @@ class ProcessTests(TestCase):
         self.assertEqual(process.wait(30), 0)
         self.assertEqual(self.api.posted, [SITE_OUTAGES])
 
-    def test_the_library_is_silent_and_its_import_changes_nothing(self):
+    def test_the_library_is_silent_and_leaves_signals_and_threads_alone(self):
         self.serve(GET_OUTAGES, response(status=500))
         program = f"""if True:
             import logging, signal, threading
@@ -2016,7 +2018,7 @@ class ReadmeTests(TestCase):
 
     README = SCRIPT.with_name("README.md").read_text("utf-8")
 
-    def test_the_example_is_what_the_demo_prints(self):
+    def test_the_example_is_what_the_demo_prints_in_80_columns(self):
         ended = self.run_main("--demo")
         self.assertEqual(ended.code, 0)
         shown = with_placeholders(f"```text\n{ended.stderr}{ended.stdout}```\n")
