@@ -456,7 +456,7 @@ def read_array(file: IO[bytes]) -> Iterator[list[Any]]:
     piece is added before it tries again.
     """
     text = ""
-    skipped = 0  # how many items of `text` to leave out: none at first, then the 0
+    skipped = 0  # how many items of `text` to leave out: 1 once it begins with `[0`
     pieces = iter(lambda: file.read(READ_SIZE), b"")
     for piece in codecs.iterdecode(pieces, "utf-8-sig"):
         text += piece
@@ -528,7 +528,7 @@ def is_response_lost(error: BaseException | None) -> bool:
     if not isinstance(error, RequestException):
         return False  # another status than 200, a response too long, a full disk
     if isinstance(error, (SSLError, ValueError)):
-        return False  # The certificate is not trusted, or a proxy's URL is invalid.
+        return False  # an untrusted certificate, or an invalid proxy URL (a ValueError)
     return not never_connected(error)
 
 
@@ -649,6 +649,7 @@ class KFClient(ContextManager["KFClient"]):
         The whole response is downloaded first, but decoded only as the iterator
         advances.
         """
+        # `[]` is how the body must begin and end.
         batches = self._decode_outages(self._get("outages", b"[]"))
         # Once started, the generator closes the file even if it is not read to the end.
         first = next(batches)
