@@ -73,7 +73,7 @@ def named(outage, name):
     return {**outage, "name": name}
 
 
-#: The last begins exactly at the default date, the one before it a millisecond earlier.
+#: The last begins exactly at the default date; the third, a millisecond before it.
 OUTAGES = [
     outage("b2", "2022-03-01T00:00:00.000Z", "2022-03-04T04:00:00.000Z"),
     outage("elsewhere", "not", "checked"),
@@ -154,7 +154,7 @@ def reset(sock):
     """Reply with a reset rather than an orderly close."""
     linger = struct.pack("ii", 1, 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    # sock.close() would wait until the server closes the files it has made of it.
+    # sock.close() would not take effect until the server closes its file objects.
     socket.close(sock.detach())
 
 
@@ -253,7 +253,7 @@ class API(socketserver.ThreadingTCPServer):
         return sock, address
 
     def queue(self, line, *replies):
-        """Forget what was queued and received. Give these replies to `line` first."""
+        """Forget what was queued and received, and queue these replies to `line`."""
         self.received.clear()
         self.queued = {line: list(replies)}
 
@@ -266,7 +266,7 @@ class API(socketserver.ThreadingTCPServer):
 
     @property
     def request_lines(self):
-        """The requests that were made, such as `HEALTHY`."""
+        """The requests that were made, in the same form as `HEALTHY`."""
         return [request.line for request in self.received]
 
     @property
@@ -312,7 +312,7 @@ class TestCase(unittest.TestCase):
         self.use(mock.patch.multiple(kf, **values))
 
     def serve(self, line=GET_OUTAGES, *replies):
-        """Start an API that gives these replies to `line` first."""
+        """Start an API with these replies to `line` queued."""
         self.api = self.use(API())
         self.api.queue(line, *replies)
         os.environ["KF_BASE_URL"] = self.api.url
@@ -360,7 +360,7 @@ class TestCase(unittest.TestCase):
         self.assertEqual(self.api.posted[-1], SITE_OUTAGES)
 
     def assert_not_reported(self, message, line=GET_OUTAGES, *replies):
-        """Assert that after these replies to `line`, no outages were reported.
+        """Assert that after these replies to `line`, no outages are reported.
 
         The error has this message.
         """
@@ -374,7 +374,7 @@ class TestCase(unittest.TestCase):
     def assert_unknown(self, message, *replies, **options):
         """Assert that after these replies to the POST, the outcome is unknown.
 
-        The error has this message and the list. Each reply was asked for once.
+        The error has this message and the list. The POST was made once per reply.
         """
         self.api.queue(POST_SITE_OUTAGES, *replies)
         client = self.client(**options)
@@ -426,7 +426,7 @@ class KeyAndAddressTests(TestCase):
         for given in ("key", " key\n", "\tkey\r\n", "\u00a0key"):
             self.assertEqual(kf.clean_key(given), "key")
 
-    def test_a_key_that_is_not_a_valid_header_is_refused_and_not_shown(self):
+    def test_a_key_that_is_not_a_valid_header_value_is_refused_and_not_shown(self):
         only_ascii = "the API key may contain only visible ASCII characters"
         for given, expected in (
             ("", "no API key; set KF_API_KEY"),
@@ -480,7 +480,7 @@ class KeyAndAddressTests(TestCase):
             with self.assertRaisesRegex(kf.UsageError, "^the base URL must", msg=given):
                 kf.clean_base_url(given)
 
-    def test_a_site_is_one_path_segment(self):
+    def test_a_site_id_becomes_one_path_segment(self):
         for given, expected in (
             ("a/b", "a%2Fb"),
             ("a?b", "a%3Fb"),
@@ -609,7 +609,7 @@ class TimeTests(TestCase):
 
 class SelectTests(TestCase):
     def select(self, *outages):
-        """Return those of the outages that are kept, for the site in SITE_INFO."""
+        """Return the outages that are kept for the site in SITE_INFO."""
         names = kf.device_names(SITE_INFO)
         return list(kf.select(outages, names, TimeTests.NEW_YEAR))
 
@@ -648,10 +648,10 @@ class SelectTests(TestCase):
             with self.assertRaisesRegex(kf.KFError, "outage 2 has an invalid id: "):
                 self.select(outage("x"), given)
 
-    def test_the_error_for_an_invalid_time_has_the_row_the_field_and_the_outage(self):
+    def test_the_error_for_an_invalid_time_names_the_outage_and_the_field(self):
         for field in ("begin", "end"):
             for value in (None, 10, ["a"], {"a": 1}, "2022-01-01"):
-                # Both times are checked, even if it began too early.
+                # Both times are checked, even if the outage began too early.
                 bad = outage("b1", "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z")
                 bad[field] = value
                 error = self.error(self.select, outage("b2"), bad)
@@ -908,7 +908,7 @@ class RetryTests(TestCase):
                 self.assert_not_reported(r"got 429 \(wait\)", line, busy)
                 self.assertEqual(self.api.request_lines.count(line), 1)
 
-    def test_a_rejection_with_an_endless_body_is_not_read_to_its_end(self):
+    def test_a_rejection_with_an_endless_body_is_not_read_to_the_end(self):
         busy = response(status=503, Content_Length=None)
         self.assert_reported(GET_OUTAGES, endless(busy))
 
@@ -922,7 +922,7 @@ class RetryTests(TestCase):
             self.client()._post_site_outages(kf.SITE, SITE_OUTAGES)
         self.assertEqual(self.api.posted, [SITE_OUTAGES])
 
-    def test_without_any_connection_nothing_was_sent(self):
+    def test_nothing_is_sent_if_no_connection_succeeds(self):
         self.api = self.use(API())
         client = self.client()
         with self.assertLogs("kf_backend") as logs:
@@ -943,14 +943,14 @@ class RetryTests(TestCase):
 class RejectionTests(TestCase):
     """What a rejection means for the list, and what its message says."""
 
-    def test_a_get_with_another_status_fails_at_once(self):
+    def test_a_get_that_gets_any_other_status_fails_at_once(self):
         for status in (201, 204, 301, 304, 400, 418, 501):
             reply = response(status=status, Location="/")
             for line in (GET_OUTAGES, GET_SITE_INFO):
                 self.assert_not_reported(f"^{line}: got {status} ", line, reply)
                 self.assertEqual(self.api.request_lines.count(line), 1)
 
-    def test_a_post_with_a_4xx_was_not_applied(self):
+    def test_after_a_4xx_the_list_was_not_applied(self):
         for status in (400, 403, 404, 408, 413, 499):
             reply = response(status=status)
             self.assert_not_reported(f"got {status}", POST_SITE_OUTAGES, reply)
@@ -1048,30 +1048,30 @@ class DownloadTests(TestCase):
         self.assert_repeated(reset)
         self.assert_repeated(cut_and_reset)
 
-    def test_a_get_is_repeated_if_its_headers_are_broken(self):
+    def test_a_get_is_repeated_if_the_response_headers_are_broken(self):
         self.assert_repeated(b"HTTP/1.1 2")
         self.assert_repeated(b"HTTP/1.1 200 OK\r\nContent-Le")
         self.assert_repeated(b"\x16\x03\x01\x02garbage\r\n\r\n")
 
-    def test_a_get_is_repeated_if_its_body_is_cut_off(self):
+    def test_a_get_is_repeated_if_the_response_body_is_cut_off(self):
         self.assert_repeated(response(OUTAGES)[:-3])
         self.assert_repeated(response(OUTAGES, Content_Length=None)[:-1])
         self.assert_repeated(response(SITE_INFO)[:-3], GET_SITE_INFO)
         no_length = response(SITE_INFO, Content_Length=None)
         self.assert_repeated(no_length[:-1], GET_SITE_INFO)
 
-    def test_a_get_is_repeated_if_its_chunks_are_cut_off(self):
+    def test_a_get_is_repeated_if_the_response_chunks_are_cut_off(self):
         whole = chunked(OUTAGES_BODY)
         self.assert_repeated(whole[:-9])
         self.assert_repeated(whole[:-5] + b"xyz\r\n")
 
-    def test_a_get_is_repeated_if_its_body_is_not_really_gzip(self):
+    def test_a_get_is_repeated_if_the_response_body_is_not_really_gzip(self):
         body = gzip.compress(OUTAGES_BODY)
         corrupt = body[:40] + b"\xff" * 9 + body[49:]
         for broken in (body[:50], corrupt, b"[not gzip]"):
             self.assert_repeated(response(broken, Content_Encoding="gzip"))
 
-    def test_a_get_is_repeated_if_its_body_is_not_json_from_end_to_end(self):
+    def test_a_get_is_repeated_if_the_response_body_is_not_json_from_end_to_end(self):
         for body in (
             b"",
             b" \n",
@@ -1084,7 +1084,7 @@ class DownloadTests(TestCase):
         ):
             self.assert_repeated(response(body))
 
-    def test_a_get_is_repeated_if_it_gets_an_object_for_a_list_or_vice_versa(self):
+    def test_a_get_is_repeated_if_it_returns_an_object_not_a_list_or_vice_versa(self):
         self.assert_repeated(response(SITE_INFO))
         self.assert_repeated(response(OUTAGES), GET_SITE_INFO)
 
@@ -1173,7 +1173,7 @@ class DownloadTests(TestCase):
         message = "^GET /site-info: device 'b1' has two names$"
         self.assert_refused(message, GET_SITE_INFO, reply)
 
-    def test_the_information_on_another_site_is_refused(self):
+    def test_information_on_another_site_is_refused(self):
         reply = response({**SITE_INFO, "id": "\x1b[2J" + "x" * 1000})
         message = rf"asked for site '{kf.SITE}' but got '\\x1b\[2Jx{{90,94}}$"
         self.assert_refused(message, GET_SITE_INFO, reply)
@@ -1185,11 +1185,11 @@ class DownloadTests(TestCase):
             message = f"^{line}: the response is longer than 200,000 bytes$"
             self.assert_refused(message, line, reply)
 
-    #: A response that is kept in a file, if MEMORY_MAX is 1,000.
+    #: A response that is kept in a file when MEMORY_MAX is 1,000.
     LARGE = response(b" " * 99_999 + OUTAGES_BODY)
 
     @needs_full_device
-    def test_a_full_disk_is_a_failed_download(self):
+    def test_a_full_disk_makes_the_download_fail(self):
         self.patch(MEMORY_MAX=1000)
         full = self.use(open("/dev/full", "w+b"))
         self.use(mock.patch("tempfile.TemporaryFile", return_value=full))
@@ -1233,7 +1233,7 @@ class DownloadTests(TestCase):
 class PostTests(TestCase):
     """The answer to the POST."""
 
-    def test_an_empty_200_or_an_empty_object_is_accepted(self):
+    def test_a_200_with_no_body_or_an_empty_object_is_accepted(self):
         for reply in (
             response(b"{}"),
             response(b""),
@@ -1289,12 +1289,12 @@ class PostTests(TestCase):
         reply = response(b"no", Content_Encoding="gzip")
         self.assert_unknown("Error -3.*", reply)
 
-    def test_an_endless_answer_is_not_read_to_its_end(self):
+    def test_an_endless_answer_is_not_read_to_the_end(self):
         reply = endless(response(b"no", Content_Length=None))
         self.assert_unknown(r"got 200 \(no\)", reply)
 
     def test_each_request_uses_its_own_connection(self):
-        """On a reused connection, an answer may already be waiting."""
+        """A reused connection may already hold data that looks like the answer."""
         too_much = response(OUTAGES) + response({}) * 2
         self.assert_reported(GET_OUTAGES, stall(too_much))
         self.assertEqual(self.api.connections, 3)
@@ -1322,7 +1322,7 @@ class ClientTests(TestCase):
             retry = session.get_adapter(url).max_retries
             self.assertEqual(set(retry.status_forcelist), {429, 500, 502, 503, 504})
 
-    def test_a_site_reaches_the_api_as_one_segment(self):
+    def test_a_site_id_reaches_the_api_as_one_segment(self):
         site_info = response({**SITE_INFO, "id": "a/b"})
         self.api.healthy["GET /site-info/a%2Fb"] = site_info
         self.api.healthy["POST /site-outages/a%2Fb"] = response({})
@@ -1368,7 +1368,7 @@ class ClientTests(TestCase):
         self.assertEqual(logs.output, expected)
 
     def some_time(self, rnd):
-        """Return a random time, as text and in seconds. Many are almost equal."""
+        """Return a random time, as text and in seconds. Results are often close."""
         # 738,156 is 2022-01-01.
         any_day = rnd.randrange(9, 3_600_000)
         day = rnd.choice([738_155, 738_156, any_day])
@@ -1423,7 +1423,7 @@ class NetworkTests(TestCase):
     """TLS, proxies, and what the environment may change."""
 
     def use_tls(self):
-        """Let the API use https, and clients trust its certificate."""
+        """Make the API use https, and make clients trust its certificate."""
         file = self.file("cert.pem", CERTIFICATE)
         os.environ["REQUESTS_CA_BUNDLE"] = file
         self.api.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -1434,7 +1434,7 @@ class NetworkTests(TestCase):
         self.use_tls()
         self.assert_reported()
 
-    def test_an_untrusted_certificate_is_not_retried(self):
+    def test_an_untrusted_certificate_causes_no_retry(self):
         self.use_tls()
         del os.environ["REQUESTS_CA_BUNDLE"]
         self.assert_not_reported("certificate verify failed")
@@ -1490,7 +1490,7 @@ class NetworkTests(TestCase):
             self.assertNotIn(KEY, str(request.headers))
 
     def test_an_answer_lost_behind_a_proxy_is_handled_like_any_other(self):
-        """urllib3 counts this ProxyError as `other`, not as `connect` or `read`."""
+        """urllib3 raises a ProxyError, counted as `other`, not `connect` or `read`."""
         client = self.use_tunnel()
         lost = b""
         self.api.queued = {GET_OUTAGES: [lost], POST_SITE_OUTAGES: [lost]}
@@ -1509,7 +1509,7 @@ class NetworkTests(TestCase):
         self.use_tls()
         self.assert_reported()
 
-    def test_a_proxy_failure_is_reported_without_the_proxys_password(self):
+    def test_a_proxy_failure_is_reported_without_the_proxy_password(self):
         down = self.use(API()).url.replace("//", "//user:pass-word@")
         for url, message in (
             (down, ": proxy: .* refused"),
@@ -1525,7 +1525,7 @@ class ReportTests(TestCase):
     SINCE = TimeTests.NEW_YEAR
 
     def spans(self, days):
-        """Turn "0-1 5-9.5", in days since SINCE, into the outages of a device."""
+        """Turn text like "0-1 5-9.5" (days after SINCE) into a device's outages."""
         spans = []
         for span in days.split():
             begin, end = span.split("-")
@@ -1549,7 +1549,7 @@ class ReportTests(TestCase):
             downtime = kf.downtime(self.spans(outages), self.SINCE)
             self.assertEqual(downtime, dt.timedelta(days=days), outages)
 
-    def test_a_duration_has_its_two_largest_units(self):
+    def test_a_duration_is_shown_in_its_two_largest_units(self):
         for minutes, expected in (
             (0, "0 min"),
             (0.5, "0 min"),
@@ -1562,7 +1562,7 @@ class ReportTests(TestCase):
         ):
             self.assertEqual(kf.duration(dt.timedelta(minutes=minutes)), expected)
 
-    def test_a_timeline_of_ten_days_marks_each_cell_with_an_outage(self):
+    def test_a_timeline_of_ten_days_marks_each_cell_that_has_an_outage(self):
         last = self.SINCE + dt.timedelta(days=10)
         for outages, expected in (
             ("", ".........."),
@@ -1599,7 +1599,7 @@ class ReportTests(TestCase):
             lines = self.report(columns, "N" * 300)
             self.assertLessEqual(max(map(len, lines)), columns)
 
-    def test_a_narrower_terminal_loses_the_dates_and_then_the_timeline(self):
+    def test_a_narrower_report_drops_the_dates_and_then_the_timeline(self):
         heading, row = self.report(50, "D")[2:]
         self.assertEqual(heading, "Device  Outages      Downtime")
         self.assertRegex(row, r"  \.+#$")
@@ -1684,7 +1684,7 @@ class CommandLineTests(TestCase):
             self.assertEqual(self.run_main("--since", since).code, 0)
             self.assertEqual(len(self.api.posted[-1]), count)
 
-    def test_white_space_around_a_site_is_ignored(self):
+    def test_white_space_around_a_site_id_is_ignored(self):
         self.assertEqual(self.run_main("--site", f" {kf.SITE}\n").code, 0)
 
     def test_the_base_url_option_overrides_the_environment(self):
@@ -1700,7 +1700,7 @@ class CommandLineTests(TestCase):
         made.assert_called_with(kf.BASE_URL, KEY, timeout=7, dry_run=False)
 
     def assert_usage_error(self, message, *argv):
-        """Assert that these options end in this message, before any request."""
+        """Assert that these options cause this usage error, before any request."""
         ended = self.run_main(*argv)
         self.assertEqual(ended.code, 2)
         self.assertEqual(ended.stdout, "")
@@ -1878,14 +1878,14 @@ class ProcessTests(TestCase):
         expected = Ended(-number, "", f"kf_backend: {why}. {sentence}.\n")
         self.assertEqual(self.end(process), expected)
 
-    def test_a_signal_kills_a_process_that_says_what_happened_to_the_list(self):
+    def test_a_process_killed_by_a_signal_says_what_happened_to_the_list(self):
         cut = response(OUTAGES)[:-9]
         self.assert_killed(signal.SIGINT, GET_OUTAGES, b"", NOT_REPORTED)
         self.assert_killed(signal.SIGTERM, GET_OUTAGES, cut, NOT_REPORTED)
         self.assert_killed(signal.SIGHUP, POST_SITE_OUTAGES, b"", UNKNOWN)
         self.assert_killed(signal.SIGTERM, POST_SITE_OUTAGES, cut, UNKNOWN)
 
-    def test_a_signal_at_any_time_prints_at_most_one_true_line(self):
+    def test_a_signal_at_any_time_prints_at_most_one_line_and_it_is_true(self):
         rnd = random.Random(3)
         for _ in range(4):
             self.serve()
@@ -1932,7 +1932,7 @@ class ProcessTests(TestCase):
         for process, expected in runs:
             self.assertEqual(self.end(process), expected)
 
-    def test_the_deadline_holds_if_its_signal_is_blocked_and_ignored(self):
+    def test_the_deadline_holds_even_if_its_signal_is_blocked_and_ignored(self):
         def block():
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
@@ -1955,7 +1955,7 @@ class ProcessTests(TestCase):
         os.set_blocking(writer, True)
         return writer
 
-    def test_the_deadline_holds_if_nobody_reads_what_is_written(self):
+    def test_the_deadline_holds_even_if_nobody_reads_what_is_written(self):
         pipe = self.full_pipe()
         # This one has sent the list when its report blocks.
         sent = self.spawn("--deadline=1.5", stdout=pipe)
