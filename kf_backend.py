@@ -248,10 +248,10 @@ def never_connected(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return a short description of the root cause of `error`."""
+    """Return a description of the root cause of `error`, on one line."""
     chain = list(causes(error))
     root = chain[-1]
-    text = one_line(str(root)) or type(root).__name__
+    text = one_line(str(root), READ_SIZE) or type(root).__name__
     if isinstance(error, InvalidURL):
         # Our own URL was checked, so this is the proxy's. It may contain a password.
         return "proxy: invalid URL"
@@ -691,8 +691,9 @@ class KFClient(ContextManager["KFClient"]):
             return site_outages
         self.site_outages = site_outages
         self.outcome = UNKNOWN  # until a final response, or no connection
-        headers = {"Content-Type": "application/json"}
-        with self._request("POST", path, data=body, headers=headers) as response:
+        with self._request(
+            "POST", path, data=body, headers={"Content-Type": "application/json"}
+        ) as response:
             answer = beginning_of(response)
         if len(answer) > READ_SIZE or b"".join(answer.split()) not in (b"", b"{}"):
             raise self._error(f"POST /{path}: got 200 ({self._said(answer)})")
@@ -768,13 +769,15 @@ class KFClient(ContextManager["KFClient"]):
             if never_connected(error):
                 self.outcome = NOT_REPORTED
             why = reason(error).replace(self._api_key, "[key]")
-            problem = f"{method} /{path}: {why}"
+            problem = f"{method} /{path}: {one_line(why)}"
             if isinstance(error, SSLError):
                 environment = self.session.merge_environment_settings(
                     url, {}, None, None, None
                 )
                 problem += f" (CA bundle: {environment['verify']})"
-            raise self._error(problem) from error
+            # A broken response may contain the key. The cause would show it.
+            cause = None if "[key]" in why else error
+            raise self._error(problem) from cause
         log.debug(
             f"{method} /{path}: 200 in {monotonic() - start:.2f} s,"
             f" {response.raw.tell()} bytes"
@@ -881,8 +884,7 @@ def report(
         device_spans = spans[device_id]
         down = duration(downtime(device_spans, since))
         line = timeline(device_spans, since, last, width)
-        count = len(device_spans)
-        lines.append(f"{name:{name_width}}  {count:7}  {down:>12}  {line}")
+        lines.append(f"{name:{name_width}}  {len(device_spans):7}  {down:>12}  {line}")
     return "\n".join(line[:columns].rstrip() for line in lines)
 
 

@@ -406,14 +406,13 @@ class ErrorTests(TestCase):
         for error, expected in (
             (requests.ConnectionError(reset_by_peer), "[Errno 104] Reset by peer"),
             (missing, "[Errno 2] No such file: '/a/b'"),
-            (ValueError("a\nb"), "a b"),
             (ValueError(), "ValueError"),
         ):
             self.assertEqual(kf.reason(error), expected)
 
     def test_neither_a_traceback_nor_a_client_shows_the_key(self):
         client = self.client()
-        self.api.queue(GET_OUTAGES, response(KEY.encode(), 403))
+        self.api.queue(POST_SITE_OUTAGES, f"{KEY}\r\n\r\n".encode())
         try:
             client.handler()
         except kf.KFError:
@@ -1050,7 +1049,6 @@ class DownloadTests(TestCase):
 
     def test_a_get_is_repeated_if_the_response_headers_are_broken(self):
         self.assert_repeated(b"HTTP/1.1 2")
-        self.assert_repeated(b"HTTP/1.1 200 OK\r\nContent-Le")
         self.assert_repeated(b"\x16\x03\x01\x02garbage\r\n\r\n")
 
     def test_a_get_is_repeated_if_the_response_body_is_cut_off(self):
@@ -1061,9 +1059,7 @@ class DownloadTests(TestCase):
         self.assert_repeated(no_length[:-1], GET_SITE_INFO)
 
     def test_a_get_is_repeated_if_the_response_chunks_are_cut_off(self):
-        whole = chunked(OUTAGES_BODY)
-        self.assert_repeated(whole[:-9])
-        self.assert_repeated(whole[:-5] + b"xyz\r\n")
+        self.assert_repeated(chunked(OUTAGES_BODY)[:-9])
 
     def test_a_get_is_repeated_if_the_response_body_is_not_really_gzip(self):
         body = gzip.compress(OUTAGES_BODY)
@@ -1096,6 +1092,12 @@ class DownloadTests(TestCase):
         self.assertEqual(self.api.request_lines, [GET_OUTAGES] * 3)
         self.assertRegex(logs.output[1], "3 more expected.*; download 3 of 3$")
 
+    def test_a_client_waits_before_it_repeats_a_get(self):
+        self.api.queue(GET_OUTAGES, b"")
+        with mock.patch.object(kf, "sleep") as sleep:
+            self.client(backoff=9).handler()
+        sleep.assert_called_once_with(9)
+
     def test_the_third_web_page_ends_the_run(self):
         pages = [response(b"<!DOCTYPE html>")] * 3
         self.assert_not_reported("incomplete, or not JSON$", GET_OUTAGES, *pages)
@@ -1107,7 +1109,6 @@ class DownloadTests(TestCase):
             chunked(OUTAGES_BODY),
             response(OUTAGES_BODY, Content_Length=None),
             response(OUTAGES_BODY, Content_Type="text/plain; charset=latin-1"),
-            response(OUTAGES_BODY, Content_Encoding="identity"),
             response(squeezed, Content_Encoding="gzip"),
             response(b"\xef\xbb\xbf" + OUTAGES_BODY),
             response(blanks + OUTAGES_BODY + blanks),
@@ -1138,10 +1139,11 @@ class DownloadTests(TestCase):
         dropped = b'[{"id": "x", "a": NaN}, '
         self.assert_reported(GET_OUTAGES, response(dropped + OUTAGES_BODY[1:]))
 
-    def test_nan_in_an_outage_that_is_kept_is_refused(self):
+    def test_nan_in_an_outage_that_is_kept_is_refused_even_in_a_dry_run(self):
         reply = response([{**outage("b1"), "more": float("nan")}])
-        message = r"^GET /outages: not valid JSON \(.+\)$"
-        self.assert_not_reported(message, GET_OUTAGES, reply)
+        self.api.queue(GET_OUTAGES, reply)
+        error = self.error(self.client(dry_run=True).handler)
+        self.assertRegex(str(error), r"^GET /outages: not valid JSON \(.+\)$")
 
     def test_incomplete_site_information_is_refused(self):
         for field, value in (
@@ -1249,7 +1251,6 @@ class PostTests(TestCase):
     def test_a_200_with_any_other_body_leaves_the_outcome_unknown(self):
         for body, said in (
             (b'{"message": "no"}', "no"),
-            (b'{"Message": "no"}', "no"),
             (b'{"statusCode": 500}', '{"statusCode": 500}'),
             (b'{"error": "no"}', '{"error": "no"}'),
             (b'{"success": false}', '{"success": false}'),
@@ -1276,13 +1277,11 @@ class PostTests(TestCase):
 
     def test_the_outcome_is_unknown_if_the_answer_is_not_http(self):
         self.assert_unknown(".+", b"\0\xff" * 99)
-        self.assert_unknown(".+", b"HTTP/1.1 a\r\n\r\n")
         self.assert_unknown(".+", b"HTTP/1.1 200 " + b"x" * 70_000)
         self.assert_unknown(".+", b"Tunnel connection failed: 403\r\n\r\n")
 
     def test_the_outcome_is_unknown_if_the_answer_is_cut_off(self):
         self.assert_unknown("IncompleteRead.*", response(b"{}", Content_Length="3"))
-        self.assert_unknown("IncompleteRead.*", response(b"", Content_Length="2"))
         self.assert_unknown(".+", chunked(b"{}")[:-5])
 
     def test_the_outcome_is_unknown_if_the_answer_is_not_really_gzip(self):
@@ -1330,6 +1329,7 @@ class ClientTests(TestCase):
 
     def test_attributes_describe_the_last_run(self):
         client = self.client()
+        self.assertEqual(client.outages_received, 0)
         client.handler()
         client.handler()
         self.assertIs(client.outcome, kf.REPORTED)
@@ -1342,14 +1342,13 @@ class ClientTests(TestCase):
     def test_a_dry_run_does_not_send_the_list(self):
         client = self.client(dry_run=True)
         self.assertEqual(client.handler(), SITE_OUTAGES)
+        self.assertEqual(client.site_outages, [])
         self.assertIs(client.outcome, kf.NOT_REPORTED)
         self.assertEqual(self.api.request_lines, [GET_OUTAGES, GET_SITE_INFO])
 
     def test_each_request_can_be_replaced(self):
-        no_devices = {**SITE_INFO, "devices": []}
         for step, value, expected in (
             ("_get_outages", OUTAGES[3:], SITE_OUTAGES[1:]),
-            ("_get_site_info", no_devices, []),
             ("_post_site_outages", "posted", "posted"),
         ):
             client = self.client()
@@ -1503,12 +1502,6 @@ class NetworkTests(TestCase):
         self.use_proxy("http://127.0.0.1:1")
         self.assert_reported()
 
-    def test_no_proxy_is_used_for_an_exempt_host(self):
-        self.use_proxy("http://127.0.0.1:1")
-        os.environ["NO_PROXY"] = "127.0.0.1"
-        self.use_tls()
-        self.assert_reported()
-
     def test_a_proxy_failure_is_reported_without_the_proxy_password(self):
         down = self.use(API()).url.replace("//", "//user:pass-word@")
         for url, message in (
@@ -1649,10 +1642,11 @@ class CommandLineTests(TestCase):
             self.assertRegex(ended.stderr, f"^kf_backend: POST .* {UNKNOWN}.\n$")
 
     def test_a_key_that_comes_back_in_a_broken_answer_is_not_shown(self):
-        self.api.queue(POST_SITE_OUTAGES, f"{KEY}\r\n\r\n".encode())
-        ended = self.run_main()
-        self.assertIn(": [key]. The list may", ended.stderr)
-        self.assertNotIn(KEY, ended.stderr)
+        for line in HEALTHY:
+            for start in ("", "x" * 295):
+                self.api.queue(line, f"{start}{KEY}\r\n\r\n".encode())
+                # Not even a part of it is shown.
+                self.assertNotIn(KEY[:3], self.run_main().stderr)
 
     def test_a_failure_is_one_line_on_stderr(self):
         ended = self.run_main("--site", "x")
@@ -1663,8 +1657,11 @@ class CommandLineTests(TestCase):
 
     def test_quiet_hides_the_report_and_warnings(self):
         for option in ("-q", "--quiet"):
-            self.api.queue(GET_OUTAGES, response(status=500))
+            self.api.queue(GET_OUTAGES, response(status=500))  # logs a retry
             self.assertEqual(self.run_main(option), (0, "", ""))
+
+    def test_quiet_does_not_hide_the_list(self):
+        self.assertEqual(self.run_main("--dry-run", "-q"), (0, LIST, ""))
 
     def test_verbose_logs_each_request(self):
         expected = "kf_backend: GET /outages: got 500; retry 1 of 5 in N s\n"
@@ -1676,13 +1673,14 @@ class CommandLineTests(TestCase):
             ended = self.run_main(option)
             self.assertEqual(with_placeholders(ended.stderr), expected)
 
-    def test_since_selects_what_is_sent(self):
+    def test_since_selects_what_is_sent_and_shown(self):
         for since, count in (
             ("2022-02-01", 1),
-            ("2021-01-01T00:00+01:00", 3),
+            ("2021-01-01", 3),
         ):
-            self.assertEqual(self.run_main("--since", since).code, 0)
+            ended = self.run_main("--since", since)
             self.assertEqual(len(self.api.posted[-1]), count)
+            self.assertIn(f": outages since {since}\n", ended.stdout)
 
     def test_white_space_around_a_site_id_is_ignored(self):
         self.assertEqual(self.run_main("--site", f" {kf.SITE}\n").code, 0)
@@ -1693,7 +1691,7 @@ class CommandLineTests(TestCase):
         self.assertEqual(ended.code, 0)
 
     def test_the_default_base_url_and_the_timeout_reach_the_client(self):
-        del os.environ["KF_BASE_URL"]
+        os.environ["KF_BASE_URL"] = ""
         error = kf.KFError("no")
         with mock.patch.object(kf, "KFClient", side_effect=error) as made:
             self.run_main("--timeout=7")
@@ -1716,8 +1714,6 @@ class CommandLineTests(TestCase):
 
     def test_wrong_options_are_usage_errors(self):
         self.assert_usage_error("invalid seconds value: 'x'$", "--timeout", "x")
-        self.assert_usage_error("--since: expected one argument$", "--since")
-        self.assert_usage_error("unrecognized arguments: --nothing$", "--nothing")
         self.assert_usage_error("not allowed with", "--demo", "--base-url=https://h")
         self.assert_usage_error(f"only the site {kf.SITE}$", "--demo", "--site=x")
 
