@@ -884,7 +884,8 @@ def report(
         device_spans = spans[device_id]
         down = duration(downtime(device_spans, since))
         line = timeline(device_spans, since, last, width)
-        lines.append(f"{name:{name_width}}  {len(device_spans):7}  {down:>12}  {line}")
+        count = len(device_spans)
+        lines.append(f"{name:{name_width}}  {count:7}  {down:>12}  {line}")
     return "\n".join(line[:columns].rstrip() for line in lines)
 
 
@@ -892,7 +893,7 @@ def report(
 
 #: What it returns. Ten of the site's outages began at SINCE or later.
 DEMO_REPLIES = {
-    "GET /outages": """[
+    "GET /outages": b"""[
  {"id": "b-1", "begin": "2021-12-31T23:59:59.999Z", "end": "2022-01-03T23:59:59.999Z"},
  {"id": "b-1", "begin": "2022-01-01T00:00:00.000Z", "end": "2022-01-02T12:00:00.000Z"},
  {"id": "b-2", "begin": "2020-11-27T00:00:00.000Z", "end": "2020-12-07T00:00:00.000Z"},
@@ -913,7 +914,7 @@ DEMO_REPLIES = {
  {"id": "b-23", "begin": "2022-05-31T00:00:00.000Z", "end": "2022-06-03T00:00:00.000Z"},
  {"id": "b-24", "begin": "2022-09-18T00:00:00.000Z", "end": "2022-09-27T12:00:00.000Z"}
 ]""",
-    f"GET /site-info/{SITE}": """{
+    f"GET /site-info/{SITE}": b"""{
  "id": "norwich-pear-tree", "name": "Norwich Pear Tree", "devices": [
   {"id": "b-1", "name": "Battery 1"},
   {"id": "b-2", "name": "Battery 2"},
@@ -924,7 +925,7 @@ DEMO_REPLIES = {
   {"id": "b-7", "name": "Battery 7"},
   {"id": "b-8", "name": "Battery 8"}
 ]}""",
-    f"POST /site-outages/{SITE}": "{}",
+    f"POST /site-outages/{SITE}": b"{}",
 }
 
 
@@ -946,7 +947,7 @@ def demo_api() -> Iterator[str]:
             self.send_response(status)
             self.end_headers()
             reply = DEMO_REPLIES[f"{self.command} {self.path}"]
-            self.wfile.write(reply.encode())
+            self.wfile.write(reply)
 
         do_POST = do_GET
 
@@ -1169,7 +1170,7 @@ def run(client: KFClient, args: argparse.Namespace) -> None:
     verdict = f"Sent {counts} to {client.base_url} in {monotonic() - start:.1f} s."
     stream = sys.stdout
     if args.dry_run:
-        show(as_json(site_outages), sys.stdout)
+        show(as_json(site_outages), stream)
         verdict = f"Dry run: {counts} would be sent."
         stream = sys.stderr
     if client.site_info and not args.quiet:

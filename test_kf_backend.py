@@ -602,7 +602,8 @@ class TimeTests(TestCase):
             error = self.error(self.client().handler, kf.SITE, given)
             self.assertIsInstance(error, kf.UsageError)
             expected = "expected an ISO 8601 date or time like 2022-06-01, but got"
-            self.assertEqual(str(error), f"{expected} {str(given)!a:.50}")
+            quoted = ascii(str(given))[:50]
+            self.assertEqual(str(error), f"{expected} {quoted}")
         self.assertEqual(self.api.request_lines, [])
 
 
@@ -1870,7 +1871,7 @@ class ProcessTests(TestCase):
         self.wait_for(line)
         time.sleep(0.05)
         process.send_signal(number)
-        process.send_signal(number)  # ignored
+        process.send_signal(number)  # A second one changes nothing.
         why = f"interrupted by {signal.Signals(number).name}"
         expected = Ended(-number, "", f"kf_backend: {why}. {sentence}.\n")
         self.assertEqual(self.end(process), expected)
