@@ -419,6 +419,13 @@ class ErrorTests(TestCase):
             shown = traceback.format_exc()
         self.assertNotIn(KEY, shown + repr(client))
 
+    def test_no_part_of_a_key_that_comes_back_in_a_broken_answer_is_shown(self):
+        for line in HEALTHY:
+            for start in ("", "x" * 295):
+                self.api.queue(line, f"{start}{KEY}\r\n\r\n".encode())
+                error = self.error(self.client().handler)
+                self.assertNotIn(KEY[:3], str(error))
+
 
 class KeyAndAddressTests(TestCase):
     def test_white_space_around_a_key_is_stripped(self):
@@ -968,7 +975,6 @@ class RejectionTests(TestCase):
             (401, "check the API key"),
             (403, "check the API key and the base URL"),
             (404, "check the site ID and the base URL"),
-            (405, "check the base URL"),
             (413, "the list is too long"),
             (429, "try again later"),
             (500, "try again later"),
@@ -1256,7 +1262,6 @@ class PostTests(TestCase):
             (b'{"error": "no"}', '{"error": "no"}'),
             (b'{"success": false}', '{"success": false}'),
             (b"false", "false"),
-            (b"{} {}", "{} {}"),
             (b"{}" + b" " * 99_999 + b"x", "{}"),
             (b"<html>Log in</html>", "<html>Log in</html>"),
             (b"\xff", "\ufffd"),
@@ -1642,13 +1647,6 @@ class CommandLineTests(TestCase):
             self.assertEqual(ended.code, 3)
             self.assertEqual(ended.stdout, LIST)
             self.assertRegex(ended.stderr, f"^kf_backend: POST .* {UNKNOWN}.\n$")
-
-    def test_a_key_that_comes_back_in_a_broken_answer_is_not_shown(self):
-        for line in HEALTHY:
-            for start in ("", "x" * 295):
-                self.api.queue(line, f"{start}{KEY}\r\n\r\n".encode())
-                # Not even a part of it is shown.
-                self.assertNotIn(KEY[:3], self.run_main().stderr)
 
     def test_a_failure_is_one_line_on_stderr(self):
         ended = self.run_main("--site", "x")
